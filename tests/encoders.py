@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForMaskedLM, BertTokenizer
 
-from tests.architectures import architecture_config
+from tests.architectures import ENCODERS, architecture_config
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+EMBEDDING_BASES = tuple(ENCODERS)
+"""Encoders whose adapters of embeddings are loaded in sentence-transformers
+(tests/e2e/test_sentence_transformers.py)."""
 FRUIT, METALS = ("apple", "pear", "plum", "fig"), ("iron", "zinc", "gold", "tin")
 
 

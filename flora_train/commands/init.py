@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,15 +18,20 @@ from flora_train.config.model_schema import ModelConfig
 from flora_train.config.terminal_text import plain, print_plain
 from flora_train.data.chat.completeness import writes_tool_calls
 from flora_train.data.chat.template import ChatTemplate, suggested_template
+from flora_train.data.embeddings.costs import largest_draw
 from flora_train.data.guess_task import GuessedTask, guess_tasks
 from flora_train.data.preferences.costs import largest_unit, row_costs
-from flora_train.models.loading import load_tokenizer
+from flora_train.models.context_length import max_readable_length
+from flora_train.models.loading import load_model_config, load_tokenizer
 from flora_train.run_context import load_data, resolve_config
 from flora_train.runtime.atomic import write_atomically
 
 TEXT_MODEL, CHAT_MODEL = "HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct"
 SPEECH_MODEL = "openai/whisper-base"
+EMBEDDING_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 EXAMPLES_PER_DRAW = 4
+EMBEDDINGS_PER_DRAW = 16
+"""Pairs or triplets of a draw, which are each other's negatives."""
 MAX_LENGTH = 512
 """Tokens of an example of text."""
 SPEECH_LENGTH = 128
@@ -33,12 +39,16 @@ SPEECH_LENGTH = 128
 EPOCHS = 3
 FEWEST_STEPS, MOST_STEPS = 20, 1000
 EVALUATIONS = 5
+TEXT_FRACTION, LABELLED_FRACTION = 0.05, 0.1
+"""Shares of the rows that are held out."""
+NOT_STRATIFIED = {"multi_label", "regression", "token_labels"}
+"""Keys of labelled texts whose rows have not one label each."""
 
 
 class InitOptions(ConfigModel):
     model: PathText | None = None
     """The base: a folder, or a name on the hub. Default: SmolLM2-135M; for clips with transcripts
-    whisper-base."""
+    whisper-base, for embeddings all-MiniLM-L6-v2."""
     out: PathText | None = None
     """The recipe. Default: NAME.yaml here."""
     name: Name | None = None
@@ -109,6 +119,8 @@ def _guess_all(sources: Sequence[str], language: str | None) -> dict[str, Guesse
 def _default_model(tasks: Mapping[str, GuessedTask]) -> str:
     if all(task.is_speech for task in tasks.values()):
         return SPEECH_MODEL
+    if all(task.embeds for task in tasks.values()):
+        return EMBEDDING_MODEL
     if any(task.is_chat for task in tasks.values()):
         return CHAT_MODEL
     return TEXT_MODEL
@@ -143,16 +155,19 @@ def _run_name(out: str | None, tasks: Mapping[str, GuessedTask]) -> str:
 
 def raw_recipe(name: str, model: str, tasks: Mapping[str, GuessedTask], sizes: Sizes) -> dict[str, Any]:
     """The recipe as plain mappings."""
-    mixture = {}
-    if any(task.keys.get("objective") == "kto" for task in tasks.values()):
-        mixture = {"mixture": {"examples_per_draw": EXAMPLES_PER_DRAW}}
-    max_length = MAX_LENGTH
-    if any(task.is_speech for task in tasks.values()):
-        max_length = SPEECH_LENGTH
+    mixture: dict[str, Any] = {}
+    if examples := _examples_per_draw(tasks):
+        mixture = {"mixture": {"examples_per_draw": examples}}
+    max_length = SPEECH_LENGTH
+    if not any(task.is_speech for task in tasks.values()):
+        max_length = _readable_length(ModelConfig(path=model))
     return {
         "name": name,
         "model": {"path": model},
-        "tasks": {task: dict(guessed.keys) for task, guessed in tasks.items()},
+        "tasks": {
+            task: {**guessed.keys, "validation_fraction": _held_out(guessed)}
+            for task, guessed in tasks.items()
+        },
         "adapters": {
             "flora": {"method": "flora", "rank": 4, "lr": 2e-2, "warmup_ratio": 0.1},
             "lora": {"method": "lora", "rank": 8, "lr": 2e-3, "warmup_ratio": 0.1},
@@ -169,6 +184,27 @@ def raw_recipe(name: str, model: str, tasks: Mapping[str, GuessedTask], sizes: S
     }
 
 
+def _readable_length(model: ModelConfig) -> int:
+    """MAX_LENGTH, or the tokens that the base has positions for, if those are fewer."""
+    return max_readable_length(model, load_model_config(model), MAX_LENGTH) or MAX_LENGTH
+
+
+def _examples_per_draw(tasks: Mapping[str, GuessedTask]) -> int | None:
+    """How many examples a draw needs, where the loss of a task couples them."""
+    if any(task.embeds for task in tasks.values()):
+        return EMBEDDINGS_PER_DRAW
+    if any(task.keys.get("objective") == "kto" for task in tasks.values()):
+        return EXAMPLES_PER_DRAW
+    return None
+
+
+def _held_out(task: GuessedTask) -> float:
+    """The share of rows that is held out: at least two pairs of embeddings, which are compared."""
+    if task.embeds:
+        return max(LABELLED_FRACTION, math.ceil(200 / max(3, task.smallest)) / 100)
+    return LABELLED_FRACTION if task.is_labelled else TEXT_FRACTION
+
+
 def fitting_sizes(raw: dict[str, Any]) -> Sizes:
     """Steps and tokens for the data of a recipe, which is read: a step has room for a draw of every task's
     longest examples, and the run is EPOCHS passes over the data."""
@@ -176,7 +212,9 @@ def fitting_sizes(raw: dict[str, Any]) -> Sizes:
     _, tasks, speech_processor = load_data(config)
     if speech_processor is not None:
         speech_processor.store.close()
-    families = len(config.adapters)
+    families, examples = len(config.adapters), EXAMPLES_PER_DRAW
+    if any(task.embedding is not None for task in tasks.values()):
+        examples = EMBEDDINGS_PER_DRAW
     in_batch = [False] * families
     longest, total, unit = 0, 0, 0
     for task in tasks.values():
@@ -184,8 +222,9 @@ def fitting_sizes(raw: dict[str, Any]) -> Sizes:
         tokens_of_examples = costs.of(families)
         longest = max(longest, int(tokens_of_examples.max()))
         total += int(tokens_of_examples.sum())
-        unit = max(unit, largest_unit(task.train, task.preference, in_batch, EXAMPLES_PER_DRAW))
-    tokens = max(4096, _rounded(EXAMPLES_PER_DRAW * longest), _rounded(unit))
+        unit = max(unit, largest_unit(task.train, task.preference, in_batch, examples))
+        unit = max(unit, largest_draw(task.train, examples))
+    tokens = max(4096, _rounded(examples * longest), _rounded(unit))
     steps = min(MOST_STEPS, max(FEWEST_STEPS, EPOCHS * total // tokens))
     return Sizes(families * len(tasks), steps, tokens, max(min(tokens, 4096), _rounded(unit)))
 
@@ -216,7 +255,7 @@ def recipe_text(raw: Mapping[str, Any], tasks: Mapping[str, GuessedTask], *, out
     lines += [f"  {family}: {_flow_style(adapter)}" for family, adapter in raw["adapters"].items()]
     if "mixture" in raw:
         draw = raw["mixture"]["examples_per_draw"]
-        lines += ["mixture:", f"  examples_per_draw: {draw} # kto compares the examples of a draw"]
+        lines += ["mixture:", f"  examples_per_draw: {draw} # {_coupled(tasks)} of a draw"]
     lines += [
         "training:",
         f"  steps: {training['steps']} # {EPOCHS} times over the data, but {FEWEST_STEPS} to {MOST_STEPS:,}",
@@ -232,11 +271,19 @@ def recipe_text(raw: Mapping[str, Any], tasks: Mapping[str, GuessedTask], *, out
     return "\n".join(lines) + "\n"
 
 
+def _coupled(tasks: Mapping[str, GuessedTask]) -> str:
+    """What the loss compares, for a comment."""
+    if any(task.embeds for task in tasks.values()):
+        return "pairs are compared with the others"
+    return "kto compares the examples"
+
+
 def _task_lines(name: str, task: GuessedTask) -> list[str]:
     advice = "or give validation: FILE, if rows of one origin resemble each other"
-    held_out = f"    validation_fraction: 0.05 # held out by seed; {advice}"
-    if task.is_labelled:
-        held_out = f"    validation_fraction: 0.1 # held out by seed, label by label; {advice}"
+    by = ""
+    if task.is_labelled and not NOT_STRATIFIED & task.keys.keys():
+        by = ", label by label"
+    held_out = f"    validation_fraction: {_held_out(task)} # held out by seed{by}; {advice}"
     keys = [f"    {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in task.keys.items()]
     return [f"  {name}: # {plain(task.description, keep='')}", *keys, held_out]
 

@@ -300,6 +300,15 @@ class TaskConfig(EmbeddingKeys, LabelKeys, ChatKeys):
             )
         return value
 
+    @field_validator("metrics")
+    @classmethod
+    def _labels_and_embeddings_have_figures(cls, metrics: list[str], info: ValidationInfo) -> list[str]:
+        if metrics and (has_head(info) or info.data.get("anchor") is not None):
+            raise ValueError(
+                "is for tasks that write text; the figures of labels and of embeddings need no key: remove it"
+            )
+        return metrics
+
     @field_validator("anchor")
     @classmethod
     def _embeddings_have_texts_of_their_own(cls, anchor: str | None, info: ValidationInfo) -> str | None:
@@ -396,7 +405,8 @@ def is_labelled(info: ValidationInfo) -> bool:
 
 def has_head(info: ValidationInfo) -> bool:
     """Whether the keys above this one make a task whose adapters learn a head."""
-    return is_labelled(info) and info.data.get("verbalizer") is None
+    is_valid = "verbalizer" in info.data  # else its own error is enough
+    return is_valid and is_labelled(info) and info.data["verbalizer"] is None
 
 
 def _check_labelled_text(text: str | list[str] | None, info: ValidationInfo) -> None:

@@ -17,6 +17,7 @@ from flora_train.config.task_schema import SourceConfig
 from flora_train.data.chat.messages import CALLS, is_message_list
 from flora_train.data.chat.rows import MESSAGE_COLUMNS, SYSTEM, TOOL_COLUMNS
 from flora_train.data.file_rows import Row
+from flora_train.data.guess_embeddings import guess_embeddings
 from flora_train.data.guess_labels import guess_labels
 from flora_train.data.guess_preferences import guess_preferences
 from flora_train.data.sources import read_rows
@@ -74,6 +75,10 @@ class GuessedTask:
     """Whether the assistant of its conversations calls tools."""
     is_labelled: bool = False
     """Whether its adapters learn a head that predicts labels."""
+    embeds: bool = False
+    """Whether its adapters learn embeddings."""
+    smallest: int = 0
+    """Of a task of embeddings: rows of the smallest task that it is divided into."""
 
 
 def guess_tasks(source: str, language: str | None) -> dict[str, GuessedTask]:
@@ -170,11 +175,20 @@ def _guess_file(source: str, language: str | None) -> GuessedTask:
     if labels is not None:
         description = f"{labels.description}{_unused(rows, labels.used)}"
         return GuessedTask({"train": source, **labels.keys}, description, is_labelled=True)
+    embeddings = guess_embeddings(rows)
+    if embeddings is not None:
+        keys = {"train": source, **embeddings.keys}
+        task = _with_labels(keys, embeddings.description, rows, used=embeddings.used)
+        smallest = len(rows)
+        if "split_by" in task.keys:
+            smallest = min(Counter(cell_text(row.get(str(task.keys["split_by"]))) for row in rows).values())
+        return replace(task, embeds=True, smallest=smallest)
     text = next((column for column in WHOLE_TEXTS if column in columns), None)
     if text is None:
         hint = (
             f"has the columns {choices(columns)}, of which none is known as a prompt or a completion: write "
-            "tasks.NAME.prompt and tasks.NAME.completion by hand (docs/data.md)"
+            "tasks.NAME.prompt and tasks.NAME.completion by hand (docs/data.md), or text and label "
+            "(docs/labels.md), or anchor and positive (docs/embeddings.md)"
         )
         raise user_error(source, None, hint)
     keys = {"train": source, "text": text}

@@ -244,3 +244,72 @@ def test_folders_of_languages_make_a_speech_task_each(
         "their language is not known: give --language cs, for example, or a folder that is named by"
         in capsys.readouterr().err
     )
+
+
+EMBEDDED: dict[str, tuple[list[dict[str, object]], dict[str, object], str]] = {
+    "pairs": (
+        [{"anchor": f"a {i}", "positive": f"b {i}", "day": f"day {i}"} for i in range(30)],
+        {"anchor": "anchor", "positive": "positive", "negative": None},
+        "30 pairs, positive belongs to anchor (embeddings); not used: day",
+    ),
+    "triplets": (
+        [{"query": f"a {i}", "positive": f"b {i}", "negative": f"c {i}"} for i in range(30)],
+        {"anchor": "query", "positive": "positive", "negative": "negative"},
+        "30 triplets, positive belongs to query and negative does not (embeddings)",
+    ),
+    "paraphrases": (
+        [{"sentence1": f"a {i}", "sentence2": f"b {i}"} for i in range(6)],
+        {"anchor": "sentence1", "positive": "sentence2", "negative": None},
+        "6 pairs, sentence2 belongs to sentence1 (embeddings)",
+    ),
+    "customers": (
+        [{"query": f"a {i}", "passage": f"b {i}", "customer": "xy"[i % 2]} for i in range(24)],
+        {"anchor": "query", "positive": "passage", "split_by": "customer"},
+        "24 pairs, passage belongs to query (embeddings); one task for each customer: x 12, y 12",
+    ),
+    "some_negatives": (
+        [{"anchor": f"a {i}", "positive": f"b {i}", "negative": "c" * (i % 2)} for i in range(30)],
+        {"anchor": "anchor", "positive": "positive", "negative": None},
+        "30 pairs, positive belongs to anchor (embeddings); not used: negative",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_pairs_and_triplets_become_a_task_of_embeddings(
+    name: str, files: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, keys, description = EMBEDDED[name]
+    source, out = files / f"{name}.jsonl", files / f"{name}.yaml"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    assert main(["init", str(source), "--model", str(checkpoint), "--out", str(out)]) == 0
+    assert description in capsys.readouterr().out
+    config = load_config([f"recipe={out}"])
+    task = config.tasks[name]
+    assert {key: getattr(task, key) for key in keys} == keys
+    assert task.embeds
+    assert config.mixture.examples_per_draw == 16
+    assert main(["data", f"recipe={out}"]) == 0
+    assert "pairs are compared with the others of a draw" in out.read_text()
+
+
+def test_a_recipe_of_pairs_trains(files: Path, checkpoint: Path, launch: Launch) -> None:
+    rows, _, _ = EMBEDDED["triplets"]
+    source, out = files / "find.jsonl", files / "find.yaml"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    assert main(["init", str(source), "--model", str(checkpoint), "--out", str(out)]) == 0
+    done = launch(f"recipe={out}", f"output_dir={files / 'found'}", "training.steps=2")
+    assert done.returncode == 0, done.stderr
+    assert (files / "found" / "adapters" / "find-lora" / "modules.json").exists()
+
+
+def test_questions_with_answers_and_labelled_pairs_are_no_embeddings(files: Path, checkpoint: Path) -> None:
+    cases: dict[str, list[dict[str, object]]] = {
+        "answers": [{"question": f"a {i}", "answer": f"b {i}"} for i in range(30)],
+        "labelled": [{"sentence1": f"a {i}", "sentence2": f"b {i}", "label": i % 2} for i in range(30)],
+    }
+    for name, rows in cases.items():
+        source, out = files / f"{name}.jsonl", files / f"{name}.yaml"
+        source.write_text("\n".join(map(json.dumps, rows)))
+        assert main(["init", str(source), "--model", str(checkpoint), "--out", str(out)]) == 0
+        assert not load_config([f"recipe={out}"]).tasks[name].embeds

@@ -12,7 +12,9 @@ from peft import PeftModel
 from sentence_transformers import SentenceTransformer, losses
 from transformers import AutoModel
 
+import flora_train
 from flora_train.cli import main
+from flora_train.config.load import load_config
 from flora_train.data.batch import Row
 from flora_train.data.embeddings.split import EmbeddingSplit
 from flora_train.run_context import load_run
@@ -21,7 +23,8 @@ from flora_train.training.embedding_loss import DrawEmbeddings, DrawTexts, contr
 from flora_train.training.loss import RowLosses
 from tests.documents import ROOT, blocks
 from tests.e2e.test_embeddings import finished, recipes
-from tests.embedding_runs import triplet
+from tests.embedding_runs import ADAPTERS, PAIRS, TRIPLETS, triplet, write_recipe
+from tests.encoders import EMBEDDING_BASES, save_encoder
 
 __all__ = ["finished", "recipes"]
 
@@ -71,6 +74,24 @@ def test_exported_folders_load_with_equal_embeddings(kind: str, task: str, finis
         assert model.max_seq_length == 64
         np.testing.assert_allclose(encoded(model, texts), values, atol=1e-5)
         assert np.abs(values - expected["base"]).max() > 1e-3, name
+
+
+@pytest.mark.parametrize("architecture", EMBEDDING_BASES)
+@pytest.mark.quick("roberta", "modernbert")
+def test_adapters_of_every_encoder_load_with_equal_embeddings(architecture: str, tmp_path: Path) -> None:
+    base = save_encoder(tmp_path / "base", architecture)
+    recipe = write_recipe(
+        tmp_path, base, {"pairs": PAIRS, "triplets": TRIPLETS | {"pooling": "cls"}}, ADAPTERS
+    )
+    small = ["training.steps=4", "training.save_every=4", "evaluation.interval=4", "training.max_length=60"]
+    run = Path(flora_train.train(load_config([f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", *small])))
+    for task in ("pairs", "triplets"):
+        expected, texts = own_embeddings(run, task), texts_of(task)
+        assert len(expected) == 1 + len(ADAPTERS)
+        for name in expected.keys() - {"base"}:
+            model = SentenceTransformer(str(run / "adapters" / name), device="cpu")
+            np.testing.assert_allclose(encoded(model, texts), expected[name], atol=1e-5, err_msg=name)
+            assert np.abs(expected[name] - expected["base"]).max() > 1e-4, name
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])

@@ -26,6 +26,7 @@ from flora_train.export.peft_format import export_peft
 from flora_train.export.peft_forms import BaseModel
 from tests.architectures import ARCHITECTURES, ENCODERS, auto_class, model_inputs, tiny_model
 from tests.conftest import perturb, spec
+from tests.encoders import EMBEDDING_BASES
 from tests.families import FAMILIES, Family
 from tests.unit.adapters.helpers import tokens
 from tests.unit.training.harness import (
@@ -162,9 +163,9 @@ def encoder_lines() -> list[str]:
         "",
         (
             "| architecture | fLoRA and LoRA (`default`) | IA3 scales the output of | "
-            "IA3 scales the input of | head |"
+            "IA3 scales the input of | head | embeddings |"
         ),
-        "|---|---|---|---|---|",
+        "|---|---|---|---|---|---|",
     ]
     for architecture, (name, _) in ENCODERS.items():
         model: Any = tiny_model(architecture)
@@ -178,8 +179,14 @@ def encoder_lines() -> list[str]:
             head = ("classifier",)
         cells = (endings(pools["lora"].targets), outputs, inputs, head)
         listed = [", ".join(f"`{word}`" for word in words) for words in cells]
-        lines.append(f"| {name} | {' | '.join(listed)} |")
+        embeddings = "equal" if architecture in EMBEDDING_BASES else "not tested"
+        lines.append(f"| {name} | {' | '.join(listed)} | {embeddings} |")
     lines += [
+        "",
+        "Embeddings ([embeddings.md](embeddings.md)): adapters of pairs and triplets (LoRA, fLoRA in",
+        "both variants, IA3; mean and first token) that are trained on these encoders load in",
+        f"sentence-transformers with equal embeddings (<= {SAME_LOGITS:g},",
+        "`tests/e2e/test_sentence_transformers.py`), as those on a Llama do.",
         "",
         "DeBERTa's queries and keys also read the positions, which are no rows of a batch: no adapter is",
         "attached to them. Decoders have heads, too: a linear layer on the last token, or on every token.",

@@ -65,7 +65,10 @@ def import_own_metric(metric: str, key: str) -> OwnMetric:
             raise user_error(key, metric, hint)
         function = getattr(function, part)
     if not callable(function):
-        hint = f"is a {type(function).__name__}: it must be a function of (predictions, references)"
+        hint = (
+            f"is no function, but of the type {type(function).__name__}: it must be a function of "
+            "(predictions, references)"
+        )
         raise user_error(key, metric, hint)
     return function
 

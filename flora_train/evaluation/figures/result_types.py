@@ -32,7 +32,7 @@ class FigureResult(SparseModel):
     written_if_set = ("baselines", "over_seeds", "setting")
 
     task: Text
-    figure: Text
+    figure: Annotated[Text, Field(min_length=1)]
     """Such as rouge_l or macro_f1, or a function of the user's own as module:function."""
     lower_is_better: StrictBool
     examples: Count

@@ -45,8 +45,12 @@ FIGURES = {
     ),
     "micro_f1": FigureText("micro F1", "F1 of all labels of all examples together"),
     "subset_accuracy": FigureText("subset accuracy", "examples of which every label is right"),
-    "mse": FigureText("mean squared error", "mean squared error", in_percent=False, lower_is_better=True),
-    "mae": FigureText("mean absolute error", "mean absolute error", in_percent=False, lower_is_better=True),
+    "mse": FigureText(
+        "mean squared error", "of predicted and given numbers", in_percent=False, lower_is_better=True
+    ),
+    "mae": FigureText(
+        "mean absolute error", "of predicted and given numbers", in_percent=False, lower_is_better=True
+    ),
     "r2": FigureText("R2", "share of the variance that is predicted", in_percent=False),
     "pearson": FigureText("Pearson", "linear correlation", in_percent=False),
     "spearman": FigureText("Spearman", "rank correlation", in_percent=False),

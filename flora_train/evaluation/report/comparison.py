@@ -22,6 +22,7 @@ from flora_train.evaluation.report.formatting import (
     share,
     stage_duration,
 )
+from flora_train.evaluation.report.loss_names import tasks_of_labels
 from flora_train.evaluation.report.preference_figures import figures_of, setting_of, values_of
 from flora_train.evaluation.report.types import Report
 from flora_train.evaluation.result_model import Interval
@@ -63,6 +64,7 @@ class Measure:
 
     title: str
     rows: Sequence[Row]
+    higher_is_better: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,12 @@ def measures(reports: Sequence[Report]) -> list[Measure]:
         for metric in _metrics(report):
             by_method = metrics.setdefault(metric.title, {})
             by_method.setdefault((metric.task, metric.family), {})[i] = metric
-    return [
-        Measure(title, [_row(what, by_run, groups) for what, by_run in by_method.items()])
-        for title, by_method in metrics.items()
-    ]
+    compared = []
+    for title, by_method in metrics.items():
+        rows = [_row(what, by_run, groups) for what, by_run in by_method.items()]
+        first = next(iter(next(iter(by_method.values())).values()))
+        compared.append(Measure(title, rows, first.higher_is_better))
+    return compared
 
 
 def seed_groups(reports: Sequence[Report]) -> list[list[int]]:
@@ -313,16 +317,12 @@ def _preference_metrics(report: Report) -> Iterator[RunMetric]:
                 )
 
 
-def _hashes_of_labelled(report: Report) -> dict[str, str]:
-    """The hashes of test rows of the tasks with labels, whose results are those of test rows."""
-    clips = {part.task for part in report.speech.languages} if report.speech else set()
-    hashes = {task.name: task.test_hash for task in report.tasks if task.name not in clips}
-    return {name: test for name, test in hashes.items() if test is not None}
-
-
 def _figure_metrics(report: Report) -> Iterator[RunMetric]:
     hashes = {task.name: task.heldout_hash or task.data_hash for task in report.tasks}
-    hashes |= _hashes_of_labelled(report)
+    labelled = tasks_of_labels(report)
+    for task in report.tasks:
+        if task.name in labelled and task.test_hash is not None:
+            hashes[task.name] = task.test_hash
     for result in report.figures:
         text = text_of(result)
         title = f"{text.title} on held-out examples"

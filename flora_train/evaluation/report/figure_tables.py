@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from flora_train.evaluation.figures.labels import MAJORITY
 from flora_train.evaluation.figures.result_types import ConfusionMatrix, FigureResult, FigureScore
 from flora_train.evaluation.figures.texts import FigureText, text_of
 from flora_train.evaluation.report.formatting import (
@@ -49,6 +50,20 @@ class FigureTable:
     def tasks(self) -> list[str]:
         """The rows."""
         return [result.task for result in self.results]
+
+    @property
+    def has_differences(self) -> bool:
+        """Whether a method is compared with the base."""
+        return any(result.to_base for result in self.results)
+
+    @property
+    def below(self) -> str:
+        """What stands below each value."""
+        if not self.has_differences:
+            return "Below: the interval of the value"
+        if all(result.to_base for result in self.results):
+            return "Below: difference to the base; of the base, the interval of its value"
+        return "Below: difference to the base, or the interval of the value"
 
     @property
     def title(self) -> str:
@@ -112,9 +127,10 @@ def figure_verdict(difference: Interval, lower_is_better: bool) -> str:
     return verdict(difference if lower_is_better else difference.negated())
 
 
-def not_above_baselines(results: Sequence[FigureResult]) -> list[str]:
-    """A sentence for each baseline that some adapters do not clearly beat, such as `Accuracy is not clearly
-    better than that of the majority label for 2 of 3 adapters: flora on spam, lora on spam.`"""
+def against_baselines(results: Sequence[FigureResult]) -> list[str]:
+    """A sentence for each baseline, which names the adapters that do not clearly beat it, such as `Accuracy
+    is not clearly better than that of the majority label for 2 of 3 adapters: flora on spam, lora on spam.`
+    """
     cases: dict[tuple[str, str], list[str]] = {}
     totals: dict[tuple[str, str], int] = {}
     for result in results:
@@ -127,15 +143,33 @@ def not_above_baselines(results: Sequence[FigureResult]) -> list[str]:
                 if figure_verdict(difference, result.lower_is_better) != "better":
                     cases.setdefault(key, []).append(f"{family} on {result.task}")
     sentences = []
-    for (figure, name), methods in cases.items():
+    for (figure, name), total in totals.items():
+        methods = cases.get((figure, name), [])
+        adapters = plural(total, "adapter")
+        if not methods:
+            sentences.append(
+                f"{figure} is clearly better than that of the {name} for {count(total)} of {adapters}."
+            )
+            continue
         shown = ", ".join(methods[:MOST_CELLS])
         if len(methods) > MOST_CELLS:
             shown += f" and {len(methods) - MOST_CELLS} more"
         sentences.append(
             f"{figure} is not clearly better than that of the {name} for "
-            f"{count(len(methods))} of {plural(totals[figure, name], 'adapter')}: {shown}."
+            f"{count(len(methods))} of {adapters}: {shown}."
         )
     return sentences
+
+
+def constant_baselines(results: Sequence[FigureResult]) -> list[str]:
+    """Names of the baselines that predict the same for every example."""
+    names = dict.fromkeys(row.family for result in results for row in result.baselines)
+    return [name for name in names if name in MAJORITY.values()]
+
+
+def has_undefined(results: Sequence[FigureResult]) -> bool:
+    """Whether a figure is not finite."""
+    return any(row.value.value is None for result in results for row, _ in rows_of(result))
 
 
 def is_shown_whole(matrix: ConfusionMatrix) -> bool:

@@ -27,10 +27,12 @@ from flora_train.evaluation.report.comparison import (
     with_seeds,
 )
 from flora_train.evaluation.report.figure_tables import (
+    constant_baselines,
     figure_estimate,
     figure_tables,
     figure_value,
     figure_verdict,
+    has_undefined,
     is_shown_whole,
     score_of,
 )
@@ -51,6 +53,7 @@ from flora_train.evaluation.report.formatting import (
 from flora_train.evaluation.report.heatmap import heatmaps
 from flora_train.evaluation.report.joined_report import note_on_joined_families, with_joined_families
 from flora_train.evaluation.report.joined_seeds import note_on_seeds, with_joined_seeds
+from flora_train.evaluation.report.loss_names import loss_names, tasks_of_heads, tasks_of_labels
 from flora_train.evaluation.report.preference_figures import LABELLED, PAIRED, examples_of, setting_of
 from flora_train.evaluation.report.published_rows import ComparedTable
 from flora_train.evaluation.report.published_tables import (
@@ -113,7 +116,7 @@ def render_html(report: Report, published: Sequence[ComparedTable] = ()) -> str:
     styles = family_styles(report.families)
     limits = plots.difference_range(report.results)
     drawn = report.results[:MAX_DRAWN]
-    curve_axes = _curve_axes(report)
+    curve_axes = loss_names(report)
     difference_panels = [
         plots.difference_panel(f"difference-{i}", result, styles, limits) for i, result in enumerate(drawn)
     ]
@@ -136,6 +139,8 @@ def render_html(report: Report, published: Sequence[ComparedTable] = ()) -> str:
         digits=shared_digits(report.results),
         confidence=percent(report.confidence or 0.0),
         curve_axes=list(curve_axes.items()),
+        tested=_tested(report),
+        without_base=tasks_of_heads(report),
         difference_panels=difference_panels,
         curve_panels=curve_panels,
         pass_panels=[_pass_panels(i, suite, styles) for i, suite in enumerate(report.code)],
@@ -143,6 +148,8 @@ def render_html(report: Report, published: Sequence[ComparedTable] = ()) -> str:
         **_speech_columns(report.speech),
         preference_families=_preference_families(report),
         figure_tables=figure_tables(report.figures),
+        constant_baselines=constant_baselines(report.figures),
+        undefined_figures=has_undefined(report.figures),
         paired_figures=PAIRED,
         labelled_figures=LABELLED,
         sweep_panels=_sweep_panels(report),
@@ -162,13 +169,10 @@ def render_html(report: Report, published: Sequence[ComparedTable] = ()) -> str:
     )
 
 
-def _curve_axes(report: Report) -> dict[str, str]:
-    """Task that adapters learn -> what the vertical axis of its loss curves is."""
-    axes = dict.fromkeys((adapter.task for adapter in report.adapters), "loss of the objective")
-    for result in report.results:
-        if result.objective == "sft":
-            axes[result.task] = "nats per token"
-    return axes
+def _tested(report: Report) -> list[str]:
+    """Tasks whose figures are those of test rows."""
+    tested = {task.name for task in report.tasks if task.test is not None}
+    return [task for task in tasks_of_labels(report) if task in tested]
 
 
 def render_comparison(reports: Mapping[str, Report]) -> str:

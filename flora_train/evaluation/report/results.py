@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,7 +143,8 @@ def not_measured(config: RunConfig, *, executed: bool, preferences: bool) -> lis
             "Whether what the adapters write is preferred: rewards are those of the given completions of "
             "held-out preferences. Nothing was generated for them, and no judge compared it."
         )
-    if not executed and not all(task.embeds for task in config.tasks.values()):
+    writes = [name for name, task in config.tasks.items() if not (task.embeds or task.is_labelled)]
+    if not executed and writes:
         items.append("Whether completions are correct: no program was executed. Held-out loss is not pass@k.")
     if note := _not_measured_between_seeds(config):
         items.append(note)
@@ -153,19 +155,21 @@ def not_measured(config: RunConfig, *, executed: bool, preferences: bool) -> lis
         )
     else:
         items.append("Other learning rates: every method was trained at the recipe's learning rate only.")
-    selected_on_results = not all(_has_test_rows(task) for task in config.tasks.values())
-    if config.evaluation.select_best and config.evaluation.interval and selected_on_results:
-        first = config.evaluation.max_examples
-        subset = f" (the first {first} of each task)" if first else ""
-        items.append(
-            f"An untouched test set: checkpoints were selected on the same held-out examples{subset}, "
-            "which favours all adapters slightly over the base model."
-        )
+    if config.evaluation.select_best and config.evaluation.interval:
+        untested = [name for name, task in config.tasks.items() if not _has_test_rows(task)]
+        if untested:
+            first = config.evaluation.max_examples
+            subset = f" (the first {first} of each task)" if first else ""
+            scope = "" if len(untested) == len(config.tasks) else f" of {listed(untested, MAX_FAMILIES)}"
+            items.append(
+                f"An untouched test set{scope}: checkpoints were selected on the same held-out "
+                f"examples{subset}, which favours all adapters slightly over the base model."
+            )
     return items
 
 
 def _has_test_rows(task: TaskConfig) -> bool:
-    """Whether all its results are those of rows that no state was selected on."""
+    """Whether the results of a task are those of test rows."""
     return task.is_labelled and (task.test is not None or task.test_fraction is not None)
 
 
@@ -361,7 +365,10 @@ def _curves(config: RunConfig, folder: RunFolder, heldout: Mapping[str, HeldOut]
 
 
 def _curve_loss(heldout: HeldOut, first: int | None) -> float:
-    """The base's loss on the first examples, as training logs it of adapters."""
+    """The base's loss on the first examples, as training logs it of adapters; NaN where it is not known."""
+    examples = len(heldout.nats[BASE_ID])
+    if heldout.embeddings is not None and first is not None and first < examples:
+        return math.nan  # of fewer examples, the groups in which they are compared are others
     if heldout.preferences is None:
         return heldout.loss(BASE_ID, first)
     return float(heldout.preferences.losses[BASE_ID][:first].mean())

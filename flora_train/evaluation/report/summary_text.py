@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from flora_train.evaluation.code.score_types import CodeSuite, LanguageScores, MacroScores
 from flora_train.evaluation.figures.result_types import FigureResult
 from flora_train.evaluation.preferences.score_types import PreferenceResult
-from flora_train.evaluation.report.figure_tables import figure_verdict, not_above_baselines
+from flora_train.evaluation.report.figure_tables import against_baselines, figure_verdict
 from flora_train.evaluation.report.formatting import (
     NOT_FINITE,
     count,
@@ -36,16 +36,15 @@ def summarise(report: Report) -> list[str]:
     results = [result for result in report.results if result.objective == "sft"]
     paragraphs = [_training(report)]
     if results:
-        scope = ""
-        if len(results) < len(report.results):
-            names = listed([result.task for result in results], MAX_NAMES)
-            scope = f" This is said of {names}; the other tasks learn a preference."
-        paragraphs = [f"{_training(report)} {_against_base(results)}{scope}", *_between_methods(results)]
+        paragraphs = [
+            f"{_training(report)} {_against_base(results)}{_scope(report, results)}",
+            *_between_methods(results),
+        ]
     if report.preferences:
         paragraphs.append(_preferences(report.preferences))
     if embeddings := [figure for figure in report.figures if figure.figure == "recall_at_1"]:
         paragraphs.append(_embeddings(embeddings))
-    if baselines := " ".join(not_above_baselines(report.figures)):
+    if baselines := " ".join(against_baselines(report.figures)):
         paragraphs.append(baselines)
     paragraphs += map(_code, report.code)
     if report.speech is not None:
@@ -65,6 +64,20 @@ def _training(report: Report) -> str:
     return (
         f"{plural(len(report.adapters), 'adapter')} on {where} {verb} trained in one run on {model}{length}."
     )
+
+
+def _scope(report: Report, results: Sequence[TaskResult]) -> str:
+    """The sentence on the tasks that a statement on text leaves out; "" if it is about all of them."""
+    tasks = {adapter.task for adapter in report.adapters}
+    others = []
+    if len(results) < len(report.results):
+        others.append("a preference")
+    if tasks - {result.task for result in report.results}:
+        others.append("labels or embeddings")
+    if not others:
+        return ""
+    names = listed([result.task for result in results], MAX_NAMES)
+    return f" This is said of {names}; the other tasks learn {', '.join(others)}."
 
 
 def _embeddings(results: Sequence[FigureResult]) -> str:

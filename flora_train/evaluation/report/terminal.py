@@ -17,9 +17,9 @@ from flora_train.evaluation.code.score_types import CodeSuite, LanguageScores, M
 from flora_train.evaluation.figures.result_types import FigureResult
 from flora_train.evaluation.preferences.score_types import PreferenceResult
 from flora_train.evaluation.report.figure_tables import (
+    against_baselines,
     ascii_figure,
     figure_tables,
-    not_above_baselines,
     rows_of,
 )
 from flora_train.evaluation.report.files import read_report
@@ -187,17 +187,20 @@ def print_figures(results: Sequence[FigureResult], console: Console | None = Non
         text, level = figure.text, _level(figure.results[0].confidence)
         unit = ", percent" if text.in_percent else ""
         console.print(shown(f"\n{figure.title.removesuffix('.')}{unit}", "bold"))
-        table = _table("task", "method", f"{text.name} [{level}]", "difference to base")
+        headings = ["task", "method", f"{text.name} [{level}]"]
+        if figure.has_differences:
+            headings.append("difference to base")
+        table = _table(*headings)
         for result in figure.results:
             title = result.task
             for row, difference in rows_of(result):
-                change = ""
+                cells = [title, row.family, ascii_figure(row.value, text), ""]
                 if difference is not None:
-                    change = ascii_figure(difference, text, "+")
-                table.add_row(*map(in_cell, (title, row.family, ascii_figure(row.value, text), change)))
+                    cells[-1] = ascii_figure(difference, text, "+")
+                table.add_row(*map(in_cell, cells[: len(headings)]))
                 title = ""
         print_table(table, console)
-    for sentence in not_above_baselines(results):
+    for sentence in against_baselines(results):
         console.print(shown(sentence))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Annotated, Final, Literal, Self
 
@@ -434,6 +434,9 @@ class Report(SparseModel):
             names = [row.family for row in figure.contenders]
             _check_known(f"figures of {figure.task}", names, {"base", *families})
         _check_known("confusions", (matrix.task for matrix in self.confusions), tasks)
+        seeds = {adapter.family: adapter.seeds_of for adapter in self.adapters}
+        for part in (*self.results, *self.figures):
+            _check_means(part, seeds)
         for sample in self.completions:
             _check_known(f"completions of {sample.task}", ["base"], sample.completions)
         return self
@@ -442,6 +445,14 @@ class Report(SparseModel):
     def families(self) -> list[str]:
         """Families of all adapters, in order."""
         return list(dict.fromkeys(adapter.family for adapter in self.adapters))
+
+
+def _check_means(part: TaskResult | FigureResult, seeds: Mapping[str, str | None]) -> None:
+    """Raises ValueError if all adapters of a task have several seeds, and no mean over them is there to be
+    shown. seeds: family -> the family without its seed."""
+    groups = {seeds.get(row.family) for row in part.contenders}
+    if None not in groups and groups.isdisjoint(row.family for row in part.over_seeds):
+        raise ValueError(f"over_seeds of {part.task}: the mean over the seeds of its adapters is missing")
 
 
 def _check_known(key: str, names: Iterable[str], known: Iterable[str]) -> None:

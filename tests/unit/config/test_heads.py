@@ -83,3 +83,33 @@ def test_adapters_of_labels_and_embeddings_write_no_text() -> None:
     tasks = {"kind": LABELLED, "plain": ROWS, "pairs": {**ROWS, "anchor": "question", "positive": "answer"}}
     content = recipe({"method": "lora"}, tasks) | {"mixture": {"examples_per_draw": 4}}
     assert [spec.writes_text for spec in expand(validate(content))] == [False, True, False]
+
+
+EMBEDDED = {**ROWS, "anchor": "question", "positive": "answer"}
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "hint"),
+    [
+        ({**LABELLED, "metrics": ["perplexity"]}, "tasks.kind.metrics", "tasks that write text"),
+        ({**EMBEDDED, "metrics": ["rouge_l"]}, "tasks.kind.metrics", "tasks that write text"),
+        (
+            {**ROWS, "label": "kind", "prompt": "{text}?", "verbalizer": {"a": "yes"}},
+            "tasks.kind.verbalizer",
+            "at least 2",
+        ),
+    ],
+)
+def test_a_task_with_one_mistake_has_one_error(task: dict[str, Any], key: str, hint: str) -> None:
+    content = recipe({"method": "lora"}, {"kind": task}) | {"mixture": {"examples_per_draw": 4}}
+    with pytest.raises(UserError) as caught:
+        validate(content)
+    (problem,) = caught.value.problems
+    assert problem.key == key
+    assert hint in str(problem)
+
+
+def test_words_of_labels_can_have_metrics() -> None:
+    words = {"prompt": "{text}?", "verbalizer": {"a": "yes", "b": "no"}, "metrics": ["exact_match"]}
+    config = validate(recipe({"method": "lora"}, {"kind": {**ROWS, "label": "kind", **words}}))
+    assert config.tasks["kind"].metrics == ["exact_match"]

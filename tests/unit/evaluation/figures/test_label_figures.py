@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,9 @@ import sklearn.metrics
 from flora_train.evaluation.figures.intervals import ContenderNames, Contenders, Resampling
 from flora_train.evaluation.figures.labels import LabelFigures, LabelPredictions, label_figures
 from flora_train.evaluation.figures.result_types import FigureResult
-from flora_train.evaluation.report.figure_tables import not_above_baselines
-from flora_train.evaluation.report.html import render_html
+from flora_train.evaluation.report.comparison import measures
+from flora_train.evaluation.report.figure_tables import against_baselines
+from flora_train.evaluation.report.html import render_comparison, render_html
 from flora_train.evaluation.report.joined_report import with_joined_families
 from flora_train.evaluation.report.joined_seeds import with_joined_seeds
 from flora_train.evaluation.report.tables import scores_of
@@ -67,7 +69,7 @@ def test_the_majority_stands_beside_the_adapters() -> None:
     assert macro.to_base["flora"].value == pytest.approx(
         macro.by_family["flora"].value.value - macro.by_family["base"].value.value
     )
-    assert not_above_baselines(list(figures.values())) == [
+    assert against_baselines(list(figures.values())) == [
         "Accuracy is not clearly better than that of the majority label for 1 of 2 adapters: lora on spam."
     ]
 
@@ -231,3 +233,46 @@ def test_reports_with_figures_are_joined_and_read_again(report: Report) -> None:
     wrong["figures"][0]["task"] = "nowhere"
     with pytest.raises(ValueError, match="figures: 'nowhere' is not described"):
         Report.model_validate(wrong)
+
+
+def test_the_page_says_what_losses_and_baselines_are(report: Report) -> None:
+    content = report.model_dump(mode="json")
+    content["results"] = []
+    for figure in content["figures"]:
+        figure["contenders"] = [row for row in figure["contenders"] if row["family"] != "base"]
+        figure["differences"] = [pair for pair in figure["differences"] if pair["second"] != "base"]
+    content["tasks"][0]["test"] = content["tasks"][0]["validation"]
+    page = render_html(Report.model_validate(content))
+    assert "<figcaption>spam <small>cross-entropy</small></figcaption>" in page
+    assert "A base model without a head predicts no labels, so that there is none on spam." in page
+    assert "the majority label of the training rows" in page
+    assert "The examples of spam are test rows" in page
+    assert "difference to the base" not in page.partition('id="figures"')[2].partition("</section>")[0]
+    assert 'rowspan="3">spam</th><td class="word">training</td>' in page
+
+
+def test_the_terminal_has_no_empty_column(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
+    without = [figure.replace(differences=()) for figure in report.figures]
+    print_figures(without)
+    assert "difference to base" not in capsys.readouterr().out
+    print_figures(report.figures)
+    assert "difference to base" in capsys.readouterr().out
+
+
+def test_compared_runs_say_which_direction_is_better(report: Report) -> None:
+    page = render_comparison({"one": report, "two": report})
+    accuracy = page.partition(">Accuracy on held-out examples, percent</h2>")[2].partition("</section>")[0]
+    losses = page.partition(">Held-out loss, bits per byte</h2>")[2].partition("</section>")[0]
+    assert ("Higher is better." in accuracy, "Lower is better." in accuracy) == (True, False)
+    assert ("Higher is better." in losses, "Lower is better." in losses) == (False, True)
+
+
+def test_runs_with_other_test_rows_are_not_compared(report: Report) -> None:
+    content = report.model_dump(mode="json")
+    content["tasks"][0] |= {"heldout_hash": "same", "test_hash": "one"}
+    other = json.loads(json.dumps(content))
+    other["tasks"][0]["test_hash"] = "two"
+    compared = measures([Report.model_validate(part) for part in (content, other)])
+    notes = {measure.title: {row.note for row in measure.rows} for measure in compared}
+    assert notes["Accuracy on held-out examples, percent"] == {"not of the same examples"}
+    assert notes["Held-out loss, bits per byte"] == {""}

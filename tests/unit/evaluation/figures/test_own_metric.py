@@ -103,7 +103,7 @@ def test_functions_that_return_numbers() -> None:
         ("own_functions:leaves", "raised SystemExit: no for"),
         ("own_functions:one", "raised TypeError: one() takes 1 positional argument but 2 were given"),
         ("own_functions:later", "returned a coroutine for"),
-        ("own_functions:number", "is a int: it must be a function"),
+        ("own_functions:number", "is no function, but of the type int: it must be a function"),
         ("own_functions:goood", "own_functions has no goood. Did you mean 'good'?"),
         ("own_nowhere:f", "there is no module own_nowhere: write it into"),
         ("own_nowhere.deeper:f", "there is no module own_nowhere: write it into"),
