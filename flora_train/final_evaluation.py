@@ -26,6 +26,7 @@ from flora_train.evaluation.code.evaluate import Plan, evaluate_code
 from flora_train.evaluation.code.summary import read_summaries
 from flora_train.evaluation.embeddings.figures import embedding_figures
 from flora_train.evaluation.figures.choices import choice_figures
+from flora_train.evaluation.figures.prediction_files import write_predictions
 from flora_train.evaluation.generation import complete
 from flora_train.evaluation.heldout_journal import HeldoutJournal
 from flora_train.evaluation.report.files import write_report
@@ -208,6 +209,7 @@ def write_results(
     answers = {}
     if answered:
         answers = AnswerLog(folder.evaluation).read()
+    write_predictions(folder.evaluation, bank, heldout)
     figures = answer_figures(config, bank, heldout, answered, answers, loaded=context.tasks)
     for name, scores in choices.items():
         of_words = choice_figures(config, bank, context.tasks[name], scores)

@@ -3,7 +3,7 @@
     python studies/clinical.py baselines            majority label, and TF-IDF + logistic regression
     python studies/clinical.py gated                gated residual head on features of the frozen encoder
     python studies/clinical.py full                 full fine-tuning of the encoder with transformers
-    python studies/clinical.py adapters RUN         the exported adapters of a run, in plain PEFT
+    python studies/clinical.py adapters RUN         the adapters of a run; --plain-peft loads its exports
     python studies/clinical.py table [RUN] --save   the table; writes benchmarks/results/clinical_cpu.md
     python studies/clinical.py development          settings of the first three on the development texts
 
@@ -107,7 +107,8 @@ def run_command(options: argparse.Namespace) -> None:
         encoder = Encoder(options.model)
         train_each("full", tasks, predictions, lambda task, seed: full(task, encoder, seed, FULL))
     elif options.command == "adapters":
-        predict_all(options.run, tasks, Encoder(options.model), predictions)
+        encoder = Encoder(options.model)
+        predict_all(options.run, tasks, encoder, predictions, plain_peft=options.plain_peft)
     else:
         write_table(tasks, predictions, options.run, options.save)
 
@@ -129,6 +130,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     settings.add_argument("--methods", nargs="+", default=["tfidf", "gated", "full"])
     adapters = commands.add_parser("adapters", parents=[common])
     adapters.add_argument("run", type=Path)
+    adapters.add_argument("--plain-peft", action="store_true", help="load the exported adapters (slow)")
     table = commands.add_parser("table", parents=[common])
     table.add_argument("run", type=Path, nargs="?")
     table.add_argument("--save", action="store_true", help=f"write {RESULT.relative_to(ROOT)}")

@@ -300,15 +300,6 @@ class TaskConfig(EmbeddingKeys, LabelKeys, ChatKeys):
             )
         return value
 
-    @field_validator("metrics")
-    @classmethod
-    def _labels_and_embeddings_have_figures(cls, metrics: list[str], info: ValidationInfo) -> list[str]:
-        if metrics and (has_head(info) or info.data.get("anchor") is not None):
-            raise ValueError(
-                "is for tasks that write text; the figures of labels and of embeddings need no key: remove it"
-            )
-        return metrics
-
     @field_validator("anchor")
     @classmethod
     def _embeddings_have_texts_of_their_own(cls, anchor: str | None, info: ValidationInfo) -> str | None:

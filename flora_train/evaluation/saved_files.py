@@ -15,6 +15,7 @@ from flora_train.evaluation.code.evaluate import settings_of as code_settings
 from flora_train.evaluation.code.programs.languages import Language
 from flora_train.evaluation.code.programs.verdicts import have_other_limits, read_verdicts
 from flora_train.evaluation.code.summary import read_summary
+from flora_train.evaluation.figures.prediction_files import FOLDER as PREDICTIONS
 from flora_train.evaluation.speech.evaluate import settings_of as speech_settings
 from flora_train.evaluation.speech.evaluate import transcript_log
 from flora_train.evaluation.speech.summary import read_summary as read_error_rates
@@ -41,7 +42,10 @@ def check_evaluation(
     sandbox = config.evaluation.sandbox
     report_files = [folder / "report.json", folder / "report.html"]
     answers = AnswerLog(folder)
-    check_paths(folders=[folder, answers.path, *(folder / suite for suite in suites)], files=report_files)
+    check_paths(
+        folders=[folder, folder / PREDICTIONS, answers.path, *(folder / suite for suite in suites)],
+        files=report_files,
+    )
     for suite, languages in suites.items():
         log = CompletionLog(folder / suite)
         settings = {"problems": suite, **code_settings(config)}

@@ -297,9 +297,14 @@ def _table(
         if contender.family in mean_families:
             label += ", mean over seeds"
         texts = [write(contender) for write in cells.values()]
-        rows.append((label, *texts, to_base.get(contender.family, "")))
+        if to_base:
+            texts.append(to_base.get(contender.family, ""))
+        rows.append((label, *texts))
     own = [index for index, contender in enumerate(contenders) if contender.name == name]
-    return Table(title, note, ("", *cells, "difference to the base"), tuple(rows), own[0])
+    columns = ["", *cells]
+    if to_base:  # a base without a head predicts no labels
+        columns.append("difference to the base")
+    return Table(title, note, tuple(columns), tuple(rows), own[0])
 
 
 def _heldout_rows(report: Report, name: str) -> list[tuple[TaskResult, ContenderResult]]:

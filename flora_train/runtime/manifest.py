@@ -63,6 +63,7 @@ RUN_FILES = (
     *(f"adapters/{{adapter}}/{file}" for file in (*PEFT_FILES, *EMBEDDING_FILES)),
     "eval/report.json",
     "eval/report.html",
+    "eval/predictions/{adapter}.jsonl",
     "eval/answers/settings.json",
     "eval/answers/answers-{n}.jsonl",
     "eval/heldout/settings.json",

@@ -37,7 +37,7 @@ class Study:
     tasks: Sequence[StudyTask]
     scores: Scores
     report: Report | None = None
-    """Of the run whose exported adapters made predictions."""
+    """Of the run whose adapters made predictions."""
 
     def of_size(self, size: int, *, mail: bool) -> list[StudyTask]:
         """The chapters, or the e-mails, with this training set; the largest that there is."""
@@ -161,7 +161,7 @@ def _by_task(study: Study, tasks: Sequence[StudyTask]) -> Iterator[str]:
 
 
 def _agreement(study: Study, report: Report) -> Iterator[str]:
-    """How close the figures of report.json are to those of the exported adapters in plain PEFT."""
+    """How close the figures of report.json are to those of the predictions."""
     differing, differences = [], []
     for figure in report.figures:
         scores = study.scores.get(figure.task, {})
@@ -177,16 +177,17 @@ def _agreement(study: Study, report: Report) -> Iterator[str]:
                 cells = (figure.task, method, f"{own.value.value:.4f}", f"{score.value:.4f}")
                 differing.append(f"| {' | '.join(cells)} |")
     if not differences:
-        yield "No exported adapter has predictions: `python studies/clinical.py adapters RUN` makes them."
+        yield "No adapter has predictions: `python studies/clinical.py adapters RUN` makes them."
         return
     yield (
-        "The tables above are made from what the exported adapters predict in plain transformers and PEFT. "
+        "The tables above are made from the predictions of the run's final evaluation, or with --plain-peft "
+        "from those of the exported adapters in plain transformers and PEFT. "
         f"Of {len(differences)} values of macro-F1 in report.json, {len(differing)} differ from them by more "
         f"than {SAME:g}; the largest difference is {max(differences):.2g}."
     )
     if differing:
         yield ""
-        yield "| task | method | report.json | exported adapters in plain PEFT |"
+        yield "| task | method | report.json | from predictions |"
         yield "|---|---|---|---|"
         yield from differing
 

@@ -107,6 +107,27 @@ def test_a_kill_in_the_final_evaluation_changes_no_figure(run: Path, tmp_path: P
     assert killed.confusions == straight.confusions
 
 
+def test_predictions_are_written_without_texts(run: Path) -> None:
+    report = read_report(RunFolder(run))
+    heads = {adapter.name: adapter.task for adapter in report.adapters}
+    files = {path.stem: path.read_text().splitlines() for path in (run / "eval" / "predictions").iterdir()}
+    assert files.keys() == heads.keys()
+    sizes = {task: len(files[f"{task}-lora"]) for task in heads.values()}
+    for name, lines in files.items():
+        rows = [json.loads(line) for line in lines]
+        assert [row["row"] for row in rows] == list(range(sizes[heads[name]]))
+        assert rows[0].keys() <= {"row", "label", "predicted", "probabilities"}
+    accuracy = {figure.task: figure for figure in report.figures if figure.figure == "accuracy"}
+    rows = [json.loads(line) for line in files["kind-flora"]]
+    assert all(row["predicted"] == max(row["probabilities"], key=row["probabilities"].get) for row in rows)
+    hits = [row["predicted"] == row["label"] for row in rows]
+    assert accuracy["kind"].by_family["flora"].value.value == pytest.approx(sum(hits) / len(hits))
+    for task, form in (("flags", list), ("length", float), ("tags", list)):
+        row = json.loads(files[f"{task}-lora"][0])
+        assert isinstance(row["label"], form)
+        assert isinstance(row["predicted"], form)
+
+
 def test_merged_model_predicts_labels(run: Path, tmp_path: Path) -> None:
     """A plain model of transformers' class, with the names of the labels."""
     (folder,) = flora_train.export_adapters(run, ["kind-flora"], "merged", out=tmp_path / "merged")
@@ -143,7 +164,7 @@ BAD = [
     ("tests.own_metrics:text", "returned the text 'good' for 12 held-out labels"),
     ("tests.own_metrics:not_a_number", "returned nan for 12 held-out labels"),
     ("tests.own_metrics:knows_other_labels", "raised KeyError: "),
-    ("tests.own_metrics:number", "is a int: it must be a function"),
+    ("tests.own_metrics:number", "is no function, but of the type int"),
     ("tests.own_metrics:shares", "tests.own_metrics has no shares. Did you mean 'share'?"),
     ("tests.no_metrics:share", "there is no module tests.no_metrics"),
     ("rouge_l", "is of text that is written; of labels, figures are"),

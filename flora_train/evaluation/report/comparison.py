@@ -245,8 +245,7 @@ def _metrics(report: Report) -> Iterator[RunMetric]:
 
 def _heldout_metrics(report: Report) -> Iterator[RunMetric]:
     title = "Held-out loss, bits per byte"
-    hashes = {task.name: task.heldout_hash or task.data_hash for task in report.tasks}
-    hashes |= _hashes_of_labelled(report)
+    hashes = _heldout_hashes(report)
     for result in report.results:
         examples = (hashes[result.task], result.examples)
         base = result.base
@@ -317,12 +316,18 @@ def _preference_metrics(report: Report) -> Iterator[RunMetric]:
                 )
 
 
-def _figure_metrics(report: Report) -> Iterator[RunMetric]:
+def _heldout_hashes(report: Report) -> dict[str, str]:
+    """Task -> hash of the rows that its results are of: with labels, its test rows if it has some."""
     hashes = {task.name: task.heldout_hash or task.data_hash for task in report.tasks}
     labelled = tasks_of_labels(report)
     for task in report.tasks:
         if task.name in labelled and task.test_hash is not None:
             hashes[task.name] = task.test_hash
+    return hashes
+
+
+def _figure_metrics(report: Report) -> Iterator[RunMetric]:
+    hashes = _heldout_hashes(report)
     for result in report.figures:
         text = text_of(result)
         title = f"{text.title} on held-out examples"

@@ -435,7 +435,8 @@ class Report(SparseModel):
             _check_known(f"figures of {figure.task}", names, {"base", *families})
         _check_known("confusions", (matrix.task for matrix in self.confusions), tasks)
         seeds = {adapter.family: adapter.seeds_of for adapter in self.adapters}
-        for part in (*self.results, *self.figures):
+        parts: list[TaskResult | FigureResult] = [*self.results, *self.figures]
+        for part in parts:
             _check_means(part, seeds)
         for sample in self.completions:
             _check_known(f"completions of {sample.task}", ["base"], sample.completions)

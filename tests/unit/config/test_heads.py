@@ -91,8 +91,8 @@ EMBEDDED = {**ROWS, "anchor": "question", "positive": "answer"}
 @pytest.mark.parametrize(
     ("task", "key", "hint"),
     [
-        ({**LABELLED, "metrics": ["perplexity"]}, "tasks.kind.metrics", "tasks that write text"),
-        ({**EMBEDDED, "metrics": ["rouge_l"]}, "tasks.kind.metrics", "tasks that write text"),
+        ({**LABELLED, "metrics": ["perplexity"]}, "tasks.kind.metrics", "is of text that is written"),
+        ({**EMBEDDED, "metrics": ["rouge_l"]}, "tasks.kind.metrics", "is for text and labels"),
         (
             {**ROWS, "label": "kind", "prompt": "{text}?", "verbalizer": {"a": "yes"}},
             "tasks.kind.verbalizer",
@@ -109,7 +109,7 @@ def test_a_task_with_one_mistake_has_one_error(task: dict[str, Any], key: str, h
     assert hint in str(problem)
 
 
-def test_words_of_labels_can_have_metrics() -> None:
-    words = {"prompt": "{text}?", "verbalizer": {"a": "yes", "b": "no"}, "metrics": ["exact_match"]}
+def test_words_of_labels_can_have_the_metrics_of_losses() -> None:
+    words = {"prompt": "{text}?", "verbalizer": {"a": "yes", "b": "no"}, "metrics": ["perplexity"]}
     config = validate(recipe({"method": "lora"}, {"kind": {**ROWS, "label": "kind", **words}}))
-    assert config.tasks["kind"].metrics == ["exact_match"]
+    assert config.tasks["kind"].metrics == ["perplexity"]

@@ -257,6 +257,11 @@ def test_the_terminal_has_no_empty_column(report: Report, capsys: pytest.Capture
     assert "difference to base" not in capsys.readouterr().out
     print_figures(report.figures)
     assert "difference to base" in capsys.readouterr().out
+    for figures, columns in ((report.figures, ["difference to the base"]), (without, [])):
+        card = tables(report.replace(figures=figures), "spam-flora")
+        (table,) = [table for table in card if table.title == "Figures"]
+        assert [column for column in table.columns if column.startswith("difference")] == columns
+        assert {len(row) for row in table.rows} == {len(table.columns)}
 
 
 def test_compared_runs_say_which_direction_is_better(report: Report) -> None:
@@ -275,4 +280,4 @@ def test_runs_with_other_test_rows_are_not_compared(report: Report) -> None:
     compared = measures([Report.model_validate(part) for part in (content, other)])
     notes = {measure.title: {row.note for row in measure.rows} for measure in compared}
     assert notes["Accuracy on held-out examples, percent"] == {"not of the same examples"}
-    assert notes["Held-out loss, bits per byte"] == {""}
+    assert notes["Held-out loss, bits per byte"] == {"not of the same examples"}
