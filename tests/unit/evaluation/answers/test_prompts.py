@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from flora_train.config.errors import UserError
+from flora_train.config.task_schema import TaskConfig
 from flora_train.data.task import Task
 from flora_train.data.templates import PromptCompletion
 from flora_train.data.tokenization import tokenize
@@ -28,18 +29,9 @@ def answered(rows: list[tuple[str, str]], max_length: int = 50, **options: Any) 
     examples = [PromptCompletion(prompt, completion) for prompt, completion in rows]
     split = tokenize(examples, tokenizer, max_length, truncation="truncate")
     task = Task("qa", 1.0, split, split, "0", format=options.pop("format", "prompt"))
-    keys = {
-        "metrics": ["rouge_l"],
-        "max_metric_examples": None,
-        "max_new_tokens": None,
-        "chat_template": None,
-        "special_tokens": False,
-        "learn": None,
-        **options,
-    }
-    config: Any = SimpleNamespace(
-        tasks={"qa": SimpleNamespace(**keys)}, evaluation=SimpleNamespace(max_new_tokens=9)
-    )
+    source = {"train": "rows.jsonl", "prompt": "{prompt}", "completion": "{completion}"}
+    keys = TaskConfig.model_validate({**source, "metrics": ["rouge_l"], **options})
+    config: Any = SimpleNamespace(tasks={"qa": keys}, evaluation=SimpleNamespace(max_new_tokens=9))
     return answered_tasks(config, {"qa": task}, SimpleNamespace(), tokenizer)  # type: ignore[arg-type]
 
 
