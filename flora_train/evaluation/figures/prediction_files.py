@@ -30,7 +30,6 @@ def write_predictions(folder: Path, bank: AdapterBank, heldout: Mapping[str, Hel
             continue
         for adapter in result.labels.outputs:
             path = folder / FOLDER / f"{bank.specs[adapter].name}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps(row, ensure_ascii=False) for row in prediction_rows(result.labels, adapter)]
             _write(path, "".join(f"{line}\n" for line in lines))
 
