@@ -83,7 +83,7 @@ def _evaluate(run: str, overrides: Sequence[str], allow: OriginOptions) -> RunFo
         context = replace(context, folder=results, differences=(*changes, *context.differences))
         on_main_process(lambda: note_differences(folder, "evaluate", context.differences))
         if not overrides:
-            on_main_process(lambda: folder.add_files(_suite_files(plan)))
+            on_main_process(lambda: folder.add_files([*RUN_FILES, *_suite_files(plan)]))
         run_final_evaluation(context, saved, plan, publish=not overrides)
         return results
 
