@@ -80,6 +80,11 @@ class Pool:
             for param, shape in self.method.shapes(specs[0].at(name), target).items():
                 self.layout[name][param] = (self.row_size, shape)
                 self.row_size += prod(shape)
+        for name, shapes in self.method.router_shapes(specs[0], targets).items():
+            layout = self.layout.setdefault(name, {})
+            for param, shape in shapes.items():
+                layout[param] = (self.row_size, shape)
+                self.row_size += prod(shape)
         self.head_start = self.row_size
         """The offset of the head in the row: its parameters are the last ones."""
         for param, shape in shapes_of(head).items():
@@ -216,7 +221,8 @@ def pool_key(spec: AdapterSpec) -> tuple[object, ...]:
     """Adapters with the same key share a pool: all their tensors have the same shapes."""
     ranks = spec.rank, spec.rank_pattern
     layers = spec.exclude_modules, spec.layers_to_transform, spec.layers_pattern, spec.parent_module
-    return spec.method, ranks, spec.target_modules, spec.feedforward_modules, *layers, spec.head
+    shapes = spec.target_modules, spec.feedforward_modules, *layers, spec.head
+    return spec.method, ranks, *shapes, spec.experts
 
 
 def build_pools(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,16 @@ class RowNoise:
     tokens."""
     documents: tuple[int, ...] = ()
     """Lengths of the documents that are packed into the row. Empty: it is one document."""
+
+
+@dataclass(frozen=True)
+class RowDraw:
+    """The draw that a row belongs to in training, within which the load of a router is balanced."""
+
+    number: int
+    """Tells the draws of an adapter in one step apart."""
+    share: float
+    """1 / draws of the row's adapter in the whole step, on all processes."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,12 @@ class Routing:
     """One per row, in grouped order; None for rows without noise. None: no noise at all (evaluation)."""
     embedding_noise: tuple[EmbeddingNoise, ...] = ()
     """NEFTune noise of the rows that have it."""
+    draws: tuple[RowDraw | None, ...] | None = None
+    """The draw of each row, in grouped order. None: no load is balanced."""
+    lengths: tuple[int, ...] | None = None
+    """Tokens of each row without padding, in grouped order. None: no row is padded."""
+    loads: dict[object, Any] = field(default_factory=dict, repr=False)
+    """What the routers of a forward pass recorded of their load, for the backward."""
     merged: Mapping[str, MergedLayer] | None = None
     """Module name -> its layer with the only adapter of these rows merged, for forwards without gradients."""
     _by_pools: dict[frozenset[int], tuple[Span, ...]] = field(default_factory=dict, repr=False)
@@ -105,6 +121,33 @@ class Routing:
                 spans.append(span)
             self._by_pools[pools] = _merge_base_spans(spans)
         return self._by_pools[pools]
+
+    def without(self, pools: frozenset[int]) -> tuple[Tensor, Routing] | None:
+        """The rows of other pools than these (and of the base): their positions in grouped order, int64 [n],
+        and a routing of them alone; None if there are none."""
+        spans: list[Span] = []
+        positions: list[int] = []
+        for span in self.spans:
+            if span.pool is not None and id(span.pool) in pools:
+                continue
+            moved = replace(span, start=len(positions), end=len(positions) + span.end - span.start)
+            positions += range(span.start, span.end)
+            spans.append(moved)
+        if not positions:
+            return None
+
+        def chosen(values: Sequence[Any] | None) -> tuple[Any, ...] | None:
+            return None if values is None else tuple(values[position] for position in positions)
+
+        rest = Routing(
+            len(positions),
+            tuple(spans),
+            noise=chosen(self.noise),
+            draws=chosen(self.draws),
+            lengths=chosen(self.lengths),
+            loads=self.loads,
+        )
+        return torch.tensor(positions), rest
 
     def dropout(self, x: Tensor, module: str, span: Span, *, tokens_per_row: int) -> Tensor:
         """Inverted dropout on the tokens x [T, in] of a span.
@@ -152,6 +195,17 @@ class Routing:
         return torch.where(is_noisy, embeddings + noise, embeddings)
 
 
+class RouteRecorder(Protocol):
+    """Gets what routers choose, layer by layer."""
+
+    def add(self, spec: AdapterSpec, module: str, *, experts: Tensor, probabilities: Tensor) -> None:
+        """The choices of a router for some tokens of an adapter, without those of the padding.
+
+        experts: int64 [T, k], -1 for a slot without; probabilities: float32 [T, E].
+        """
+        ...
+
+
 class BatchRouting:
     """Holds the routing that all layers read.
 
@@ -163,6 +217,8 @@ class BatchRouting:
         self.routing: Routing | None = None
         self.recomputes = False
         """Whether the current forward will run again in the backward."""
+        self.recorder: RouteRecorder | None = None
+        """Gets the choices of all routers; None: nobody wants them."""
         self._pending_backwards = 0
 
     def set(self, routing: Routing | None) -> None:
@@ -198,9 +254,11 @@ def build_routing(
     device: torch.device,
     *,
     noise: Sequence[RowNoise | None] | None = None,
+    draws: Sequence[RowDraw | None] | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Routing:
     """The routing for one adapter id per row (-1: base model); `location[id]` is its pool and its position
-    there."""
+    there. noise, draws, lengths: of each row."""
     order = sorted(range(len(ids)), key=lambda row: ids[row])
     runs = _runs([ids[row] for row in order])
 
@@ -222,7 +280,14 @@ def build_routing(
         spans.append(Span(pool, start, end, segments, slots, specs))
     grouped_noise = None if noise is None else tuple(noise[row] for row in order)
     on_embeddings = _embedding_noise(ids, location, noise or ())
-    routing = Routing(len(ids), tuple(spans), noise=grouped_noise, embedding_noise=on_embeddings)
+    routing = Routing(
+        len(ids),
+        tuple(spans),
+        noise=grouped_noise,
+        embedding_noise=on_embeddings,
+        draws=None if draws is None else tuple(draws[row] for row in order),
+        lengths=None if lengths is None else tuple(lengths[row] for row in order),
+    )
     if order == list(range(len(ids))):
         return routing
     permutation = torch.tensor(order, device=device)

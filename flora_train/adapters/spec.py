@@ -8,7 +8,13 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Literal
 
-from flora_train.config.adapter_schema import AdapterConfig, adapter_name
+from flora_train.config.adapter_schema import (
+    DEFAULT_BALANCE_LOSS,
+    DEFAULT_EXPERTS,
+    DEFAULT_TOP_K,
+    AdapterConfig,
+    adapter_name,
+)
 from flora_train.config.embedding_schema import POOLING, Pooling
 from flora_train.config.name_patterns import as_pairs, value_for
 from flora_train.config.schema import RunConfig
@@ -23,7 +29,24 @@ BASE_ID = -1
 
 FEWEST_LABELS = ("no", "yes")
 """Stand for labels that are not known yet."""
-DEFAULT_RANK = {"flora": 4, "lora": 8, "dora": 8, "ia3": 0, "head": 0}
+DEFAULT_RANK = {"flora": 4, "lora": 8, "dora": 8, "ia3": 0, "head": 0, "meteora": 0}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a routed adapter, and how tokens are sent to them."""
+
+    method: str
+    """That of the experts: lora, flora or ia3."""
+    count: int
+    """E."""
+    top_k: int
+    top_p: float = 1.0
+    """Of the top_k experts, only as many as reach this probability together."""
+    balance_loss: float = 0.0
+    """Coefficient of the load-balance loss."""
+    jitter: float = 0.0
+    """In training, the router's input is multiplied by numbers between 1 - jitter and 1 + jitter."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +115,8 @@ class AdapterSpec:
     """The labels that the head predicts, without weights."""
     pooling: Pooling | None = None
     """How embeddings are made, of an adapter that learns them; None for all other tasks."""
+    experts: Experts | None = None
+    """Of mixlora and switch; None for all other methods."""
 
     @property
     def writes_text(self) -> bool:
@@ -152,7 +177,8 @@ def make_spec(
     Returns:
         The specification, with defaults filled in.
     """
-    rank = adapter.rank or DEFAULT_RANK[adapter.method]
+    experts = experts_of(adapter)
+    rank = adapter.rank or DEFAULT_RANK[adapter.method if experts is None else experts.method]
     alpha = adapter.alpha or 2.0 * rank
     steps = adapter.max_steps or default_steps
     init_from = adapter.init_from
@@ -195,6 +221,22 @@ def make_spec(
         head=None if labels is None else head_shape(labels),
         head_lr=adapter.head_lr,
         labels=labels,
+        experts=experts,
+    )
+
+
+def experts_of(adapter: AdapterConfig) -> Experts | None:
+    """The experts of an entry of `adapters:`, with defaults filled in; None for a method without."""
+    if adapter.method not in ("mixlora", "switch"):
+        return None
+    count = adapter.experts or DEFAULT_EXPERTS
+    return Experts(
+        method=adapter.expert or "lora",
+        count=count,
+        top_k=adapter.top_k or min(DEFAULT_TOP_K, count),
+        top_p=adapter.top_p or 1.0,
+        balance_loss=DEFAULT_BALANCE_LOSS if adapter.balance_loss is None else adapter.balance_loss,
+        jitter=adapter.jitter or 0.0,
     )
 
 

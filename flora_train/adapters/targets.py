@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from flora_train.adapters.methods import Target
+from flora_train.adapters.routed.blocks import with_blocks
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.target_groups import GROUPS, QUERY_KEY, query_key_layers
 from flora_train.adapters.target_limits import limited
@@ -104,6 +105,8 @@ def find_targets(
             hint += f" that an adapter can be attached to ({reason})"
         raise user_error(f"{key}.target_modules", spec.target_modules, hint)
     check_patterns(spec, selected)
+    if spec.method == "mixlora":
+        return with_blocks(model, selected, spec, linear_layers(model))
     if spec.method != "ia3":
         return selected
     suffixes = spec.feedforward_modules

@@ -24,10 +24,37 @@ LayerIndex = Annotated[int, Field(ge=0, le=MOST_LAYERS)]
 
 
 class AdapterConfig(ConfigModel):
-    method: Literal["flora", "lora", "dora", "ia3", "head"]
+    method: Literal["flora", "lora", "dora", "ia3", "head", "mixlora", "meteora", "switch"]
     """flora: W0 * (B A), elementwise. lora: W0 + alpha / rank * B A. dora: the weight of lora, each of whose
     rows is given a learned norm. ia3: a learned scale for each output, and for each input of feed-forward
-    layers. head: no layer is changed, and only a head is trained, for tasks with labels (the baseline)."""
+    layers. head: no layer is changed, and only a head is trained, for tasks with labels (the baseline).
+    mixlora: a router in each feed-forward block sends every token to some of several expert adapters.
+    meteora: a gate on each layer chooses among adapters that exist already. switch: one router chooses, for
+    each token, the experts of all layers."""
+    expert: Literal["lora", "flora", "ia3"] | None = None
+    """mixlora and switch: method of the experts (and of mixlora's adapters in the attention layers).
+    Default: lora."""
+    experts: int | None = Field(None, ge=1, le=1024)
+    """mixlora and switch: number of experts. Default: 8."""
+    over: Annotated[list[PathText], Field(min_length=1)] | None = None
+    """meteora: the adapters that the gate chooses from: folders of PEFT adapters, or names of adapters of
+    this run that are trained already."""
+    top_k: int | None = Field(None, ge=1, le=1024)
+    """mixlora, meteora and switch: number of experts that a token is sent to. Their weights are their
+    probabilities, divided by the sum of these. Default: 2, or 1 where there is only one."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    """mixlora: of the top_k experts, only as many as reach this probability together, the most probable
+    first. Default: all."""
+    balance_loss: float | None = Field(None, ge=0, le=1_000_000)
+    """mixlora and switch: coefficient of the load-balance loss of the router. Default: 0.01."""
+    jitter: float | None = Field(None, ge=0, lt=1)
+    """mixlora and switch: in training, the router reads its input times random numbers between 1 - jitter
+    and 1 + jitter. Default: 0."""
+    gate_loss: float | None = Field(None, ge=0, le=1_000_000)
+    """meteora: coefficient of the cross-entropy between the gate and the member that tasks.*.task_id names
+    for a row. Default: 1 for tasks with task_id, 0 for others."""
+    train_members: bool | None = None
+    """meteora: also train the adapters that the gate chooses from, as copies. Default: false."""
     rank: Rank | None = None
     """Rank of B A, for flora, lora and dora. Default: 4 for flora, 8 for lora and dora; with init_from, that
     of the PEFT adapter."""
@@ -136,6 +163,15 @@ class AdapterConfig(ConfigModel):
     by the program."""
 
     @field_validator(
+        "expert",
+        "experts",
+        "over",
+        "top_k",
+        "top_p",
+        "balance_loss",
+        "jitter",
+        "gate_loss",
+        "train_members",
         "rank",
         "rank_pattern",
         "variant",
@@ -151,7 +187,24 @@ class AdapterConfig(ConfigModel):
         method, owners = info.data.get("method"), OWNERS[str(info.field_name)]
         if value is not None and method is not None and method not in owners:
             raise ValueError(f"has no meaning for method {method}; it belongs to {listed(owners)}: remove it")
+        if value is not None and method in ("mixlora", "switch") and info.field_name in EXPERT_OWNERS:
+            expert, owners = info.data.get("expert") or "lora", EXPERT_OWNERS[str(info.field_name)]
+            if expert not in owners:
+                hint = f"it belongs to {listed(owners)}: remove it"
+                raise ValueError(f"has no meaning for experts of method {expert}; {hint}")
         return value
+
+    @field_validator("top_k")
+    @classmethod
+    def _has_experts(cls, top_k: int | None, info: ValidationInfo) -> int | None:
+        if top_k is None:
+            return None
+        experts, key = info.data.get("experts") or DEFAULT_EXPERTS, "experts"
+        if info.data.get("method") == "meteora":
+            experts, key = len(info.data.get("over") or ()), "adapters in over"
+        if experts and top_k > experts:
+            raise ValueError(f"is more than the {experts} {key}: lower it")
+        return top_k
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
@@ -243,6 +296,8 @@ class AdapterConfig(ConfigModel):
         """Whether its seed changes anything but a head."""
         if self.dropout or self.neftune_noise_alpha:
             return True
+        if self.method in ROUTED:
+            return True
         one_rank = self.rank == 1 and not self.rank_pattern
         all_ones = self.variant == "pure" and one_rank
         return self.method not in ("ia3", "head") and not all_ones and self.init_from is None
@@ -254,18 +309,40 @@ class AdapterConfig(ConfigModel):
         return min(round(self.warmup_ratio * steps), steps - 1)
 
 
+ROUTED = ("mixlora", "meteora", "switch")
+"""Methods in which a router chooses among experts, or a gate among adapters."""
 OWNERS = {
-    "rank": ("flora", "lora", "dora"),
+    "expert": ("mixlora", "switch"),
+    "experts": ("mixlora", "switch"),
+    "over": ("meteora",),
+    "top_k": ("mixlora", "meteora", "switch"),
+    "top_p": ("mixlora",),
+    "balance_loss": ("mixlora", "switch"),
+    "jitter": ("mixlora", "switch"),
+    "gate_loss": ("meteora",),
+    "train_members": ("meteora",),
+    "rank": ("flora", "lora", "dora", "mixlora", "switch"),
     "rank_pattern": ("flora", "lora", "dora"),
     "variant": ("flora",),
-    "alpha": ("lora", "dora"),
+    "alpha": ("lora", "dora", "mixlora", "switch"),
     "alpha_pattern": ("lora", "dora"),
-    "rslora": ("lora", "dora"),
-    "dropout": ("lora", "dora"),
-    "lr_ratio": ("flora", "lora", "dora"),
+    "rslora": ("lora", "dora", "mixlora", "switch"),
+    "dropout": ("lora", "dora", "mixlora", "switch"),
+    "lr_ratio": ("flora", "lora", "dora", "mixlora", "switch", "meteora"),
     "feedforward_modules": ("ia3",),
 }
 """Key of an adapter -> the methods that have it. Keys that are not listed belong to all methods."""
+EXPERT_OWNERS = {
+    "rank": ("lora", "flora"),
+    "alpha": ("lora",),
+    "rslora": ("lora",),
+    "dropout": ("lora",),
+    "lr_ratio": ("lora", "flora"),
+}
+"""Key of a routed adapter -> the methods of experts that have it."""
+DEFAULT_EXPERTS = 8
+DEFAULT_TOP_K = 2
+DEFAULT_BALANCE_LOSS = 0.01
 
 
 def listed(names: Sequence[str]) -> str:

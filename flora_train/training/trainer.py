@@ -152,7 +152,7 @@ class Trainer(ResumableTraining):
             frozen = self.frozen_pass(rows)
             if frozen is None:
                 run_dummy_frozen_pass(self.row_losses, self.bank, plan.microbatches, i)
-            learnt = self.learnt_pass(rows, number)
+            learnt = self.learnt_pass(rows, number, plan)
             self.microbatch_loss(learnt, frozen, plan=plan, sums=sums).backward()
         run_dummy_passes(self.row_losses, self.bank, plan.microbatches)
         return sums.sums
@@ -168,13 +168,16 @@ class Trainer(ResumableTraining):
         with torch.no_grad(), self.bank.routed(batch.adapter_ids), without_checkpointing(self.model):
             return RowNats(frozen, self.row_losses(batch))
 
-    def learnt_pass(self, rows: Sequence[Row], number: int) -> RowNats:
+    def learnt_pass(self, rows: Sequence[Row], number: int, plan: StepPlan) -> RowNats:
         """The forward of the other rows, with the noise of step `number`."""
         learnt = [row for row in rows if not row.frozen]
         with self.timer.part("data"):
             batch = self.make_batch(learnt)
         self.timer.count_tokens(batch.padded_tokens)
-        self.bank.route(batch.adapter_ids, [self.noise(number, row) for row in learnt])
+        noise = [self.noise(number, row) for row in learnt]
+        draws = [plan.draw_of(row) for row in learnt]
+        lengths = [row.tokens for row in learnt]
+        self.bank.route(batch.adapter_ids, noise, draws, lengths)
         outputs = self.row_losses.outputs(batch)
         return RowNats(learnt, outputs.nats, outputs.embeddings)
 

@@ -27,6 +27,10 @@ class Target:
     """GPT-2's Conv1D stores weight [in, out]."""
     feedforward: bool = False
     """ia3: scale the input instead of the output."""
+    block: str | None = None
+    """The feed-forward block whose experts the layer belongs to; None for a layer without experts."""
+    block_width: int = 0
+    """Features of the input of that block."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,13 @@ class AdapterMethod(ABC):
     @abstractmethod
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:
         """Parameter name -> shape, for one adapter on one layer."""
+
+    def router_shapes(
+        self, spec: AdapterSpec, targets: Mapping[str, Target]
+    ) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Of a method with routers: module that a router reads the input of -> parameter name -> shape, for
+        one adapter."""
+        return {}
 
     @abstractmethod
     def initialise(self, params: Params, spec: AdapterSpec, generator: torch.Generator) -> None:

@@ -270,6 +270,7 @@ def only(plan: StepPlan, adapter: int) -> StepPlan | None:
         preferences=_of_first(plan.preferences, adapter),
         chosen_tokens=_of_first(plan.chosen_tokens, adapter),
         texts=_of_first(plan.texts, adapter),
+        draws=_of_first(plan.draws, adapter),
     )
 
 
