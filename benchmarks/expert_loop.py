@@ -54,7 +54,7 @@ class LoopRows:
     """Which adapter each row of the current batch has, and what the routers computed."""
 
     spans: Sequence[tuple[int, int, int]] = ()
-    """(adapter, first row, end row), in the order of the rows."""
+    """(adapter, first row, end row), in the order of the rows. Empty: the base computes alone."""
     logits: dict[int, list[Tensor]] = field(default_factory=dict)
     """Adapter -> float32 [T, E] of each layer."""
 
@@ -100,6 +100,8 @@ class LoopLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, in] -> [B, L, out]."""
         y, parts = self.base(x), []
+        if not self.rows.spans:
+            return y
         for adapter, first, end in self.rows.spans:
             layer, scaling = self.adapters[adapter]
             parts.append(y[first:end] + scaling * low_rank(x[first:end], layer["A"], layer["B"]))
@@ -118,6 +120,8 @@ class LoopBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, d] -> [B, L, d]."""
+        if not self.rows.spans:
+            return self.block(x)
         return joined([self._mixed(adapter, x[first:end]) for adapter, first, end in self.rows.spans])
 
     def _mixed(self, adapter: int, x: Tensor) -> Tensor:
