@@ -3,7 +3,8 @@
     python assets/build_many_languages.py      first: the Universal Declaration of Human Rights (udhr_local)
     python assets/build_routed_mixture.py      writes assets/routed_local/<language>.{train,validation}.jsonl
 
-A row has the columns `text` and `language`. Code is the shipped functions of assets/code that are short
+A row has the columns `text`, `language` and `member`: the adapter of recipe=routed_members_local for its
+language, such as lua-lora. Code is the shipped functions of assets/code that are short
 enough to be read whole; their held-out functions come from other packages. A held-out paragraph is one of an
 article that no row is trained on. The first rows are taken, so that the same sources give the same bytes.
 """
@@ -62,11 +63,11 @@ def build(code: Path, paragraphs: Path, output: Path) -> dict[str, int]:
     for split in ROWS:
         for language in PROGRAMMING:
             rows = taken(functions(code / f"{language}.{split}.jsonl"), ROWS[split], language)
-            files[f"{language}.{split}.jsonl"] = [{**row, "language": language} for row in rows]
+            files[f"{language}.{split}.jsonl"] = [labelled(row, language) for row in rows]
         for language in NATURAL:
             source = read(paragraphs / f"{language}.{split}.jsonl")
             rows = taken(source, PARAGRAPH_ROWS[split], language)
-            files[f"{language}.{split}.jsonl"] = [{**row, "language": language} for row in rows]
+            files[f"{language}.{split}.jsonl"] = [labelled(row, language) for row in rows]
     output.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         counts[name.split(".")[1]] += len(rows)
@@ -82,6 +83,11 @@ def functions(file: Path) -> Iterator[dict[str, str]]:
         text = row.get("prompt", "") + row.get("completion", "")
         if row.get("kind") == "function" and len(text) in LENGTHS:
             yield {"text": text, "license": row["license"], "package": row["package"]}
+
+
+def labelled(row: dict[str, str], language: str) -> dict[str, str]:
+    """A row with its language, and the name of the adapter that is trained on it."""
+    return {**row, "language": language, "member": f"{language}-lora"}
 
 
 def read(file: Path) -> Iterator[dict[str, str]]:

@@ -38,6 +38,7 @@ from flora_train.config.model_schema import ModelConfig
 from flora_train.evaluation.generation.attention import decoding_attention
 from flora_train.evaluation.generation.batching_mode import next_logits, parameters_of
 from flora_train.evaluation.generation.kv_cache import RowCache
+from flora_train.evaluation.generation.merged_decoding import MergedDecoding
 from flora_train.models.loading import load_base_model
 from flora_train.runtime.environment import available_cpus, environment
 
@@ -64,6 +65,8 @@ class Way:
     constant: int = 1
     close: Callable[[], None] = lambda: None
     """Called after each sequence."""
+    alone: bool = False
+    """Whether it is for one sequence only: a merged weight serves one route at a time."""
 
 
 def make_bank(model: Any, entry: dict[str, Any]) -> AdapterBank:
@@ -143,10 +146,17 @@ def switch_ways(model: Any, tokens: Tensor) -> dict[str, Way]:
     entry = {"method": "switch", "experts": EXPERTS, "top_k": 1, "rank": RANK}
     bank = make_bank(model, entry)
     route_by_token(bank, tokens)
+    changes = {1: "routes change at every token", CONSTANT: f"routes constant over {CONSTANT}"}
     ways = {}
-    for constant in (1, CONSTANT):
-        name = f"LoRA-Switch, routes constant over {constant}"
-        ways[f"{name}: batched"] = Way(bank.model, routed(bank), constant)
+    for constant, title in changes.items():
+        for path in ("batched", "merged", "auto"):
+            decoding = MergedDecoding(bank, switch_path=path)
+
+            def route(rows: int, decoding: MergedDecoding = decoding) -> AbstractContextManager[None]:
+                return decoding.routed([0] * rows)
+
+            way = Way(bank.model, route, constant, decoding.release, alone=path != "batched")
+            ways[f"LoRA-Switch, {title}: {path}"] = way
     return ways
 
 
@@ -197,10 +207,15 @@ def table(model: Any, *, steps: int, repeats: int) -> list[str]:
     ways = ways_of(model, tokens)
     cells: dict[str, list[str]] = {name: [] for name in ways}
     for rows in ROWS:
-        seconds = measured(ways, tokens, rows, steps=steps, repeats=repeats)
-        for name, taken in seconds.items():
+        possible = {name: way for name, way in ways.items() if rows == 1 or not way.alone}
+        seconds = measured(possible, tokens, rows, steps=steps, repeats=repeats)
+        for name, of_way in cells.items():
+            taken = seconds.get(name)
+            if taken is None:
+                of_way += ["-", "-"]
+                continue
             ratio = median(a / b for a, b in zip(taken, seconds["frozen base"], strict=True))
-            cells[name] += [f"{1e3 * median(taken):.1f}", f"**{ratio:.2f}**"]
+            of_way += [f"{1e3 * median(taken):.1f}", f"**{ratio:.2f}**"]
     lines = ["| | one sequence, ms a token | times the base | batch of 8, ms a step | times the base |"]
     lines.append("|---" * 5 + "|")
     return [*lines, *(f"| {name} | {' | '.join(row)} |" for name, row in cells.items())]
@@ -250,7 +265,8 @@ def main() -> None:
         f"{Path(options.model).name}, every layer adapted, rank {RANK}, {CONTEXT} tokens of context, "
         f"{options.steps} timed tokens a round; medians of {options.repeats} rounds in which the ways took "
         "turns. `PYTHONPATH=. python benchmarks/routed_decoding.py --save` prints this file.",
-        "In a batch of 8, the rows of LoRA-Switch have eight different routes.",
+        "In a batch of 8, the rows of LoRA-Switch have eight different routes. What merging a route costs is "
+        "part of its time: merged weights are discarded after every round.",
     ]
     for dtype in options.dtypes:
         rows = table(load(options.model, dtype), steps=options.steps, repeats=options.repeats)
