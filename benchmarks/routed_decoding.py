@@ -26,10 +26,10 @@ import flora_train.cli  # noqa: F401  (how torch's threads wait is read when tor
 
 # isort: split
 import torch
+from expert_loop import ExpertLoop, LoopAdapter
+from routed_training import MODEL, shared_copy
 from torch import Tensor
 
-from benchmarks.expert_loop import ExpertLoop, LoopAdapter
-from benchmarks.routed_training import MODEL, shared_copy
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.methods.mixlora import ROUTER
 from flora_train.adapters.spec import make_spec
@@ -98,7 +98,7 @@ def looped(model: Any, bank: AdapterBank, shared_inputs: bool) -> Way:
 
 
 def meteora_entry() -> dict[str, Any]:
-    """An entry of `adapters:` whose members are LoRA adapters; their values are random, as the others' are."""
+    """An entry of `adapters:` whose members are LoRA adapters, with random values, as the others have."""
     members = []
     for number in range(EXPERTS):
         name = f"member{number}"
@@ -264,7 +264,7 @@ def main() -> None:
         f"transformers {facts.packages['transformers']}; commit {facts.commit}.",
         f"{Path(options.model).name}, every layer adapted, rank {RANK}, {CONTEXT} tokens of context, "
         f"{options.steps} timed tokens a round; medians of {options.repeats} rounds in which the ways took "
-        "turns. `PYTHONPATH=. python benchmarks/routed_decoding.py --save` prints this file.",
+        "turns. `python benchmarks/routed_decoding.py --save` prints this file.",
         "In a batch of 8, the rows of LoRA-Switch have eight different routes. What merging a route costs is "
         "part of its time: merged weights are discarded after every round.",
     ]

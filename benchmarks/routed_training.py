@@ -27,9 +27,9 @@ import flora_train.cli  # noqa: F401  (how torch's threads wait is read when tor
 
 # isort: split
 import torch
+from expert_loop import ExpertLoop, LoopAdapter
 from torch import Tensor
 
-from benchmarks.expert_loop import ExpertLoop, LoopAdapter
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.routing import RowDraw
 from flora_train.adapters.spec import make_spec
@@ -205,7 +205,7 @@ def main() -> None:
         f"{facts.packages['torch']}, transformers {facts.packages['transformers']}; commit {facts.commit}.",
         f"{Path(options.model).name}, {ADAPTER['experts']} LoRA experts of rank {ADAPTER['rank']}, top-"
         f"{ADAPTER['top_k']}, with balance loss; AdamW; medians of {options.repeats} rounds in which the "
-        "ways took turns. `PYTHONPATH=. python benchmarks/routed_training.py --save` prints this file.",
+        "ways took turns. `python benchmarks/routed_training.py --save` prints this file.",
         "`adapters in turn` and `one pass` are loops over whole experts; `one pass` and `one pass, shared` "
         "order the work as MoE-PEFT does (`shared`: its efficient_operator). MoE-PEFT itself needs torch "
         "< 2.6 and transformers < 4.47 and so cannot run beside: the loops are our own, tested against the "

@@ -60,7 +60,9 @@ def member_of(language: str, members: Sequence[str]) -> int:
     return members.index(name)
 
 
-def read_choices(run: Path, folder: Path, tokens: int, limit: int) -> tuple[dict[str, list[Document]], list[str]]:
+def read_choices(
+    run: Path, folder: Path, tokens: int, *, limit: int
+) -> tuple[dict[str, list[Document]], list[str]]:
     """Language -> its documents, and the members of the gate. limit: documents of a language."""
     with locked(str(run), alone=False):
         context, _ = load_run(str(run))
@@ -85,8 +87,8 @@ def lines_of(documents: dict[str, list[Document]], members: Sequence[str], token
     yield "# Which adapter a MeteoRA gate chooses for held-out code"
     yield ""
     yield (
-        f"{facts.machine.processor}, {facts.machine.cpus} CPUs; torch {facts.packages['torch']}, transformers "
-        f"{facts.packages['transformers']}; commit {facts.commit}. recipe=gates_local; the first {tokens} "
+        f"{facts.machine.processor}, {facts.machine.cpus} CPUs; torch {facts.packages['torch']}, "
+        f"transformers {facts.packages['transformers']}; commit {facts.commit}. recipe=gates_local; the first {tokens} "
         "tokens of every document. `python studies/gates.py outputs/gates_local --save` prints this file."
     )
     yield ""
@@ -118,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     try:
-        documents, members = read_choices(options.run, options.code, options.tokens, options.documents)
+        documents, members = read_choices(options.run, options.code, options.tokens, limit=options.documents)
     except (StudyError, UserError, OSError) as error:
         print(f"gates: {error}", file=sys.stderr)
         return 1

@@ -95,7 +95,10 @@ def write_tables(heldout: Heldout) -> Iterator[str]:
     scores = scores_of(heldout)
     order = list(TITLES)
     methods = sorted(scores, key=lambda m: (order.index(m) if m in order else len(order), m))
-    yield "| method | parameters | bits per byte, mean over languages [95 %] | deviation over seeds | minus base | minus shared LoRA |"
+    yield (
+        "| method | parameters | bits per byte, mean over languages [95 %] | deviation over seeds | "
+        "minus base | minus shared LoRA |"
+    )
     yield "|---|---|---|---|---|---|"
     for method in methods:
         yield _summary_row(method, scores, heldout.parameters[method])

@@ -1,4 +1,4 @@
-"""Texts of recipe=routed_local: short functions and paragraphs, each with its language, none on both sides."""
+"""Texts of recipe=routed_local: short functions and paragraphs, each with its language."""
 
 from __future__ import annotations
 

@@ -41,7 +41,10 @@ def heldout() -> Heldout:
     nats = {
         "base": {"base": (lora + sizes) * np.log(2)},
         "lora": {"m-lora_1": lora * np.log(2), "m-lora_2": lora * np.log(2)},
-        "mixlora": {"m-mix_1": (better - 0.1 * sizes) * np.log(2), "m-mix_2": (better + 0.1 * sizes) * np.log(2)},
+        "mixlora": {
+            "m-mix_1": (better - 0.1 * sizes) * np.log(2),
+            "m-mix_2": (better + 0.1 * sizes) * np.log(2),
+        },
     }
     return Heldout(LANGUAGES, sizes, nats, {"base": 0, "lora": 1234, "mixlora": 1300})
 
@@ -156,10 +159,10 @@ def test_the_file_about_gates_says_whether_the_goal_is_met() -> None:
 
 def test_gates_are_of_members_named_after_their_language() -> None:
     assert gates.member_of("perl", ["lua-lora", "perl-lora"]) == 1
-    with pytest.raises(StudyError, match="no member ruby-lora, only lua-lora"):
+    with pytest.raises(gates.StudyError, match="no member ruby-lora, only lua-lora"):
         gates.member_of("ruby", ["lua-lora"])
     bank = AdapterBank.attach(tiny_model("llama"), [spec("lora", "a", "plain")])
-    with pytest.raises(StudyError, match="no adapter of method meteora"):
+    with pytest.raises(gates.StudyError, match="no adapter of method meteora"):
         gates.gate_of(bank)
 
 
