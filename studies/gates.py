@@ -88,8 +88,9 @@ def lines_of(documents: dict[str, list[Document]], members: Sequence[str], token
     yield ""
     yield (
         f"{facts.machine.processor}, {facts.machine.cpus} CPUs; torch {facts.packages['torch']}, "
-        f"transformers {facts.packages['transformers']}; commit {facts.commit}. recipe=gates_local; the first {tokens} "
-        "tokens of every document. `python studies/gates.py outputs/gates_local --save` prints this file."
+        f"transformers {facts.packages['transformers']}; commit {facts.commit}. "
+        f"recipe=gates_local; the first {tokens} tokens of every document. "
+        "`python studies/gates.py outputs/gates_local --save` prints this file."
     )
     yield ""
     verdict = "met" if right >= GOAL else "missed"
