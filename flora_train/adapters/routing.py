@@ -104,7 +104,7 @@ class Routing:
     """The draw of each row, in grouped order. None: no load is balanced."""
     lengths: tuple[int, ...] | None = None
     """Tokens of each row without padding, in grouped order. None: no row is padded."""
-    loads: dict[object, Any] = field(default_factory=dict, repr=False)
+    loads: dict[object, object] = field(default_factory=dict, repr=False)
     """What the routers of a forward pass recorded of their load, for the backward."""
     merged: Mapping[str, MergedLayer] | None = None
     """Module name -> its layer with the only adapter of these rows merged, for forwards without gradients."""

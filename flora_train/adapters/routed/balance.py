@@ -1,16 +1,16 @@
 """The load-balance loss of routers.
 
-For one draw of an adapter, over the tokens of all its rows without padding and over all L routers together:
-coefficient x E x sum_e f_e P_e, where f_e is the share of the slots that hold expert e and P_e its mean
-probability. An adapter's loss has the mean over its draws of the step. f has no gradient, so that the gradient
-of a probability is known once all routers have run: `BalanceGradient` adds it in the backward. It is right with
+For one draw of an adapter, over the tokens of all its rows without padding and over all routers together, it
+is coefficient x E x sum_e f_e P_e, where f_e is the share of the slots that hold expert e, and P_e its mean
+probability. An adapter's loss has the mean over its draws of the step. f has no gradient, so that the
+gradient of a probability is known once all routers have run: `BalanceGradient` adds it in the backward, with
 every kind of activation checkpointing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -62,10 +62,10 @@ def real_tokens(routing: Routing, span: Span, tokens_per_row: int, device: torch
 
 def draw_tokens(routing: Routing, span: Span, tokens_per_row: int, device: torch.device) -> DrawTokens | None:
     """The draws of a span; None if none of its rows belongs to one. Made once for all layers."""
-    key = ("draws", id(span.pool), span.start, tokens_per_row)
+    key = _key("draws", span)
     if key not in routing.loads:
         routing.loads[key] = _draw_tokens(routing, span, tokens_per_row, device)
-    return routing.loads[key]
+    return cast("DrawTokens | None", routing.loads[key])
 
 
 def _draw_tokens(
@@ -139,8 +139,8 @@ class BalanceGradient(torch.autograd.Function):
 
 def recorded_loads(routing: Routing, span: Span) -> list[Load]:
     """The loads of all routers of a span in this forward pass."""
-    key = ("loads", id(span.pool), span.start)
-    return list(routing.loads.get(key, {}).values())
+    loads = cast("dict[str, Load]", routing.loads.get(_key("loads", span), {}))
+    return list(loads.values())
 
 
 def with_balance(
@@ -153,28 +153,31 @@ def with_balance(
     tokens = draw_tokens(routing, span, tokens_per_row, y.device)
     if tokens is None:
         return y
-    loads = routing.loads.setdefault(("loads", id(span.pool), span.start), {})
+    loads = cast("dict[str, Load]", routing.loads.setdefault(_key("loads", span), {}))
     loads[module] = load_of(choice, tokens)  # again the same in a recomputed forward
     return BalanceGradient.apply(y, choice.probabilities, routing, span, tokens)
 
 
 def balance_losses(routing: Routing) -> dict[str, Tensor]:
-    """Adapter -> its balance loss in this forward pass: the share of the step's mean that the rows of this
-    batch are."""
+    """Adapter -> its balance loss in this forward pass, of the draws of this batch, in their shares of the
+    step."""
     losses: dict[str, Tensor] = {}
     for span in routing.spans:
-        loads = recorded_loads(routing, span) if span.pool is not None else []
+        loads = recorded_loads(routing, span)
+        tokens = cast("DrawTokens | None", routing.loads.get(_key("draws", span)))
         experts = span.specs[0].experts if span.specs else None
-        if not loads or experts is None:
+        if not loads or tokens is None or experts is None:
             continue
-        key = next(
-            k for k in routing.loads if isinstance(k, tuple) and k[:3] == ("draws", id(span.pool), span.start)
-        )
-        tokens: DrawTokens = routing.loads[key]
         slots = torch.stack([load.slots for load in loads]).mean(0)
         probabilities = torch.stack([load.probabilities for load in loads]).mean(0)
-        values = experts.balance_loss * experts.count * (slots * probabilities).sum(1) * tokens.shares
+        products = (slots * probabilities).sum(1) * tokens.shares
+        values = experts.balance_loss * experts.count * products
         for place, k in enumerate(tokens.adapters):
             name = span.specs[k].name
-            losses[name] = losses.get(name, 0.0) + values[place]
+            losses[name] = losses[name] + values[place] if name in losses else values[place]
     return losses
+
+
+def _key(what: str, span: Span) -> tuple[str, int, int]:
+    """What the loads of a routing are stored under for a span."""
+    return what, id(span.pool), span.start

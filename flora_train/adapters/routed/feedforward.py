@@ -45,7 +45,7 @@ class ExpertBlock:
         self._activation: Callable[[Tensor], Tensor] = getattr(module, block.activation)
         self._original = module.forward
         self._pools: frozenset[int] = frozenset()
-        module.forward = self.forward  # type: ignore[method-assign]
+        module.forward = self.forward
 
     def add_pool(self, pool: Pool) -> None:
         self._pools |= {id(pool)}
