@@ -194,6 +194,11 @@ class Pool:
         gradients = self._leaf_gradients[module]
         return {p: GatherRows.apply(leaf, gradients[p], slots) for p, leaf in self._leaves[module].items()}
 
+    def views(self, module: str, slots: slice) -> dict[str, Tensor]:
+        """Parameter -> [K, ...] for the adapters in consecutive rows, without a copy and without
+        gradients."""
+        return {p: leaf.detach()[slots] for p, leaf in self._leaves[module].items()}
+
     def _views(self, storage: Tensor, module: str, leaf: bool = False) -> dict[str, Tensor]:
         return self._views_of(storage, self.layout[module], leaf)
 

@@ -30,6 +30,17 @@ class Span:
     """LongTensor [K]: the adapters' rows in the pool."""
     specs: tuple[AdapterSpec, ...] = ()
     """The K adapters."""
+    slot_range: slice | None = None
+    """The same rows as `slots`, where they are consecutive."""
+
+    def gather(self, module: str) -> dict[str, Tensor]:
+        """Parameter -> [K, ...] of a module for the adapters of this span, differentiable into the pool's
+        gradients."""
+        assert self.pool is not None
+        assert self.slots is not None
+        if self.slot_range is not None and not torch.is_grad_enabled():
+            return self.pool.views(module, self.slot_range)
+        return self.pool.gather(module, self.slots)
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,12 @@ class Routing:
     merged: Mapping[str, MergedLayer] | None = None
     """Module name -> its layer with the only adapter of these rows merged, for forwards without gradients."""
     _by_pools: dict[frozenset[int], tuple[Span, ...]] = field(default_factory=dict, repr=False)
+
+    @property
+    def only_span(self) -> Span | None:
+        """The span of all rows, if they have one adapter; else None."""
+        first = self.spans[0]
+        return first if len(self.spans) == 1 and len(first.specs) == 1 else None
 
     def spans_for(self, pools: frozenset[int]) -> tuple[Span, ...]:
         """The spans for a layer that only the pools with these ids target; all other rows run the base
@@ -275,9 +292,12 @@ def build_routing(
             spans.append(Span(None, start, end, segments))
             continue
         positions = [location[adapter][1] for adapter, _, _ in members]
-        slots = torch.tensor([pool.slot_of[position] for position in positions], device=device)
+        slots = [pool.slot_of[position] for position in positions]
+        first, last = slots[0], slots[-1]
+        slot_range = slice(first, last + 1) if slots == list(range(first, last + 1)) else None
         specs = tuple(pool.specs[position] for position in positions)
-        spans.append(Span(pool, start, end, segments, slots, specs))
+        index = torch.tensor(slots, device=device)
+        spans.append(Span(pool, start, end, segments, index, specs, slot_range))
     grouped_noise = None if noise is None else tuple(noise[row] for row in order)
     on_embeddings = _embedding_noise(ids, location, noise or ())
     routing = Routing(

@@ -92,6 +92,14 @@ class AdapterMethod(ABC):
     ) -> Tensor:
         """Outputs [T, out] for tokens x [T, in] of K adapters; params: [K, ...] each, row k for segment k."""
 
+    def single(
+        self, base: Callable[[Tensor], Tensor], params: Params, spec: AdapterSpec, feedforward: bool
+    ) -> Callable[[Tensor], Tensor] | None:
+        """`forward` of one adapter for inference, [..., in] -> [..., out], with as few operations as
+        possible; None if there is no shorter way. params: views of the adapter's values, which it must not
+        copy."""
+        return None
+
     @abstractmethod
     def merge(
         self, weight: Tensor, bias: Tensor | None, params: Params, *, spec: AdapterSpec, feedforward: bool

@@ -22,14 +22,22 @@ class LoopedLora(torch.autograd.Function):
         ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Sequence[float], segments: Segments
     ) -> Tensor:
         ctx.mark_dirty(y)
+        hidden = LoopedLora.add(y, x, A, B, scaling, segments)
+        ctx.save_for_backward(x, A, B, hidden)
+        ctx.scaling, ctx.segments = scaling, segments
+        return y
+
+    @staticmethod
+    def add(
+        y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Sequence[float], segments: Segments
+    ) -> Tensor:
+        """Add to y without autograd. Returns scaling_k x A_k^T, [T, r]."""
         hidden = x.new_empty(x.shape[0], A.shape[1])
         own_A, own_B = A.to(x.dtype), B.to(x.dtype)
         for k, start, end in segments:
             tokens = torch.mm(x[start:end], own_A[k].T, out=hidden[start:end]).mul_(scaling[k])
             y[start:end].addmm_(tokens, own_B[k].T)
-        ctx.save_for_backward(x, A, B, hidden)
-        ctx.scaling, ctx.segments = scaling, segments
-        return y
+        return hidden
 
     @staticmethod
     @once_differentiable

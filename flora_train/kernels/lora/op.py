@@ -21,6 +21,8 @@ SHORT_UNITS = 4
 """Tokens of a unit up to which it costs more to read its adapter than to multiply with it."""
 LOOPED_TOKENS = 8
 """Mean tokens of a segment from which short units are computed segment by segment."""
+FEW_TOKENS = 4
+"""Tokens up to which a loop over their segments has no more operations than the batched form."""
 
 
 def lora_add(
@@ -59,9 +61,13 @@ def lora_add(
 
             return FusedLora.apply(y, x, A, B, scaling, segments, order)
         form = LoopedLora if is_looped(segments) else SegmentedLora
+        if order is None and not torch.is_grad_enabled():
+            form.add(y, x, A, B, scaling, segments)
+            return y
         return in_order(lambda y, x: form.apply(y, x, A, B, scaling, segments), order, y, x)
 
 
 def is_looped(segments: Segments) -> bool:
     """Whether torch computes these segments one after the other instead of all units at once."""
-    return segments.unit <= SHORT_UNITS and segments.tokens >= LOOPED_TOKENS * len(segments)
+    is_long = segments.tokens >= LOOPED_TOKENS * len(segments)
+    return segments.unit <= SHORT_UNITS and (is_long or segments.tokens <= FEW_TOKENS)
