@@ -35,8 +35,9 @@ from flora_train.evaluation.report.types import DialogueMessage, JointSpeedup, R
 from flora_train.evaluation.speech.evaluate import evaluate_speech
 from flora_train.evaluation.speech.summary import read_summary
 from flora_train.export.model_card import write_card
-from flora_train.export.peft_format import base_of, export_peft
+from flora_train.export.peft_format import base_of
 from flora_train.export.peft_import import init_from_peft
+from flora_train.export.routed_format import export_adapter
 from flora_train.export.sentence_transformers import write_embedding_files
 from flora_train.export.usage_snippet import generation_example
 from flora_train.run_context import RunContext
@@ -174,11 +175,12 @@ def choice_scores(
 
 
 def export_all(context: RunContext) -> None:
-    """Write a PEFT folder of each adapter."""
+    """Write a PEFT folder of each adapter, or several of a routed one."""
     base = base_of(context)
     for name in context.bank.ids:
-        folder = export_peft(context.bank, name, context.folder.adapters / name, base=base)
-        write_embedding_files(context, name, folder)
+        folder = export_adapter(context.bank, name, context.folder.adapters / name, base=base)
+        if not context.bank.specs[context.bank.ids[name]].is_routed:
+            write_embedding_files(context, name, folder)
 
 
 def write_results(
