@@ -13,13 +13,14 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.spec import BASE_ID, AdapterSpec, expand
-from flora_train.config.adapter_schema import ROUTED
+from flora_train.adapters.routed.folder import is_routed_folder
+from flora_train.adapters.spec import BASE_ID, expand
 from flora_train.config.base import ConfigModel, PathText
 from flora_train.config.command_options import read_options
 from flora_train.config.errors import user_error
 from flora_train.config.terminal_text import in_cell, print_plain, print_table
 from flora_train.evaluation.report.files import read_report_if_any
+from flora_train.export.export_forms import check_forms, possible_names
 from flora_train.export.merge import save_merged
 from flora_train.export.mixlora_format import check_layers, check_settings, export_mixlora
 from flora_train.export.model_card import write_card
@@ -126,7 +127,7 @@ def export_adapters(
 
 def _export(run: str, names: Sequence[str], options: ExportOptions, allow: OriginOptions) -> list[Path]:
     folder, config = open_run(run)
-    _check_forms(expand(config), names, options.as_)
+    check_forms(expand(config), names, options.as_)
     default = folder.path / FOLDERS[options.as_]
     out = default if options.out is None else Path(options.out)
     in_run = real_path(out).is_relative_to(real_path(folder.path))
@@ -169,53 +170,11 @@ def _claim(context: RunContext, names: Sequence[str], out: Path, *, in_default: 
     return is_own
 
 
-UNROUTED = ("merged", "lora-svd")
-"""Forms that no routed adapter has."""
-
-
-def _check_forms(specs: Sequence[AdapterSpec], names: Sequence[str], as_: str) -> None:
-    """Raises UserError, before anything is loaded, for a routed adapter that cannot be written so, or for a
-    run that has no other."""
-    by_name = {spec.name: spec for spec in specs}
-    chosen = [by_name[name] for name in names if name in by_name]
-    if as_ == "mixlora":
-        if not chosen and not names and not any(spec.method == "mixlora" for spec in specs):
-            raise user_error("as", as_, "the run has no adapter of method mixlora: use peft")
-        for spec in chosen:
-            check_settings(spec)
-    if as_ not in UNROUTED:
-        return
-    why = "a router chooses the experts of each token, so that no single change of the weights is equal to it"
-    for spec in chosen:
-        if spec.is_routed:
-            raise user_error("adapter", spec.name, f"is {spec.method}: {why}; --as peft writes its parts")
-    if not names and all(spec.is_routed for spec in specs):
-        raise user_error("as", as_, f"all adapters of the run are routed: {why}; --as peft writes their parts")
-
-
 def _chosen_names(bank: AdapterBank, names: Sequence[str], as_: str) -> list[str]:
-    """These adapters, or all. Raises UserError for one that is unknown or that cannot be written so."""
-    methods = {spec.name: spec.method for spec in bank.specs}
-    with_head = {spec.name for spec in bank.specs if spec.head is not None}
+    """These adapters, or all that can be written so. Raises UserError for one that is unknown."""
     for name in names:
         bank.id_of(name)
-        if as_ == "lora-svd" and name in with_head:
-            hint = "has a head: --as lora-svd writes adapters of language models; --as peft writes all"
-            raise user_error("adapter", name, hint)
-        if as_ == "flora" and methods[name] != "flora":
-            hint = f"is {methods[name]}: --as flora writes fLoRA only; --as peft writes all methods"
-            raise user_error("adapter", name, hint)
-    possible = [name for name, method in methods.items() if as_ != "flora" or method == "flora"]
-    if as_ in UNROUTED:
-        possible = [name for name in possible if methods[name] not in ROUTED]
-    if as_ == "mixlora":
-        possible = [name for name in possible if methods[name] == "mixlora"]
-    if as_ == "lora-svd":
-        possible = [name for name in possible if name not in with_head]
-        if not possible:
-            hint = "writes adapters of language models, and all adapters of the run have heads: use peft"
-            raise user_error("as", as_, hint)
-    return list(dict.fromkeys(names)) or possible
+    return list(dict.fromkeys(names)) or possible_names(bank.specs, as_)
 
 
 def _export_exact(
@@ -350,7 +309,8 @@ def _print_peft_warnings(out: Path, names: Sequence[str]) -> None:
         file = out / name / PEFT_WARNING
         if file.exists():
             warning = file.read_text(encoding="utf-8").strip()
-            print_plain(f"note: {name}: {warning}; --as merged writes a plain model")
+            advice = "" if is_routed_folder(out / name) else "; --as merged writes a plain model"
+            print_plain(f"note: {name}: {warning}{advice}")
 
 
 def _heldout(
