@@ -32,6 +32,9 @@ from flora_train.runtime.atomic import temporary_folder
 from flora_train.runtime.manifest import BASE_RECORD
 
 AS_MIXLORA = "--as mixlora"
+NO_DROPOUT = 1e-9
+"""Is written as lora_dropout: package mixlora wants more than 0, and drops out inputs of its experts whenever it
+computes."""
 
 
 def check_settings(spec: AdapterSpec) -> None:
@@ -130,7 +133,8 @@ def _tensors(bank: AdapterBank, name: str, parts: Sequence[Part]) -> dict[str, T
 def _config(model: Any, spec: AdapterSpec, parts: Sequence[Part], base: BaseModel) -> dict[str, Any]:
     """The content of adapter_config.json.
 
-    jitter_noise is 0, because the package adds the noise whenever it computes, also when it generates.
+    jitter_noise is 0 and lora_dropout next to 0, because the package applies both whenever it computes, also
+    when it generates.
     """
     assert spec.experts is not None
     adapted = {module.rpartition(".")[2] for part in parts for module in part.targets}
@@ -141,7 +145,7 @@ def _config(model: Any, spec: AdapterSpec, parts: Sequence[Part], base: BaseMode
         "base_model_name_or_path": base.path,
         "r": spec.rank,
         "lora_alpha": int(spec.alpha),
-        "lora_dropout": spec.dropout,
+        "lora_dropout": NO_DROPOUT,
         "target_modules": {leaf: leaf in adapted for leaf in MODULES if leaf in adapted},
         "routing_strategy": "mixlora",
         "num_experts": spec.experts.count,

@@ -30,12 +30,13 @@ def exported(tmp_path: Path, architecture: str = "llama", **options: Any) -> Pat
 
 def test_the_files_have_the_names_that_the_package_reads(tmp_path: Path) -> None:
     """Names and shapes are those that model.py of the package takes from the file, written out."""
-    folder = exported(tmp_path, jitter=0.1)
+    folder = exported(tmp_path, jitter=0.1, dropout=0.3)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["peft_type"] == "MIXLORA"
     assert (config["routing_strategy"], config["num_experts"], config["top_k"]) == ("mixlora", 3, 2)
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (2, 3, True)
     assert (config["router_aux_loss_coef"], config["jitter_noise"]) == (0.2, 0.0)
+    assert 0 < config["lora_dropout"] < 1e-6
     assert config["act_fn"] == "silu"
     attention, block = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
     assert config["target_modules"] == dict.fromkeys((*attention, *block), True)
