@@ -147,7 +147,8 @@ class AdapterConfig(ConfigModel):
     made from it. Default: all tasks."""
     init_from: PathText | None = None
     """Start from the parameters of a PEFT adapter (LORA, IA3, or HIRA for flora) instead of the identity: its
-    folder, or its name on the hub. A residual flora can also start close to a LORA. {task} in it stands for
+    folder, or its name on the hub. A residual flora can also start close to a LORA; a mixlora starts from the
+    folder of an exported one, or from one in MixLoRA's published layout. {task} in it stands for
     the name of the task, as in outputs/before/adapters/{task}-lora. rank, alpha, their patterns, rslora,
     variant, target_modules and feedforward_modules are read from its adapter_config.json where they are not
     given. With evaluation.interval, step 0 is evaluated. Default: the identity."""
