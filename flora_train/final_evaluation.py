@@ -217,7 +217,8 @@ def write_results(
     publish: bool,
 ) -> None:
     """Write sample completions, report and model cards. answered: tasks whose answers are in the journal;
-    choices: task -> scores of the words of its labels; experts: the loads of routed adapters; seconds: stage of the evaluation -> its time."""
+    choices: task -> scores of the words of its labels; experts: the loads of routed adapters; seconds: stage
+    of the evaluation -> its time."""
     config, bank, folder = context.config, context.bank, context.folder
     started = time.monotonic()
     completions = sample_completions(context)

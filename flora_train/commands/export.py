@@ -58,10 +58,10 @@ DEFAULT_RANK = 64
 
 class ExportOptions(ConfigModel):
     as_: Literal["peft", "flora", "merged", "lora-svd", "mixlora"] = Field("peft", alias="as")
-    """peft: PEFT's own types (LORA, IA3, HIRA for fLoRA), exact; several folders of a routed adapter. flora: fLoRA under a type of its own,
-    without HiRA's extra rank, for PEFT with flora_train.peft_plugin. merged: a plain model with the adapter
-    folded in, in float32. lora-svd: the closest LoRA, for servers that accept nothing else. mixlora: MixLoRA's
-    published layout, for package mixlora."""
+    """peft: PEFT's own types (LORA, IA3, HIRA for fLoRA), exact; several folders of a routed adapter. flora:
+    fLoRA under a type of its own, without HiRA's extra rank, for PEFT with flora_train.peft_plugin. merged: a
+    plain model with the adapter folded in, in float32. lora-svd: the closest LoRA, for servers that accept
+    nothing else. mixlora: MixLoRA's published layout, for package mixlora."""
     rank: int | None = Field(None, ge=1, le=65_536)
     """lora-svd only: its rank. Default: 64."""
     max_error: float | None = Field(None, gt=0, lt=1)

@@ -37,4 +37,8 @@ def description_of(folder: Path, hint: str = "export it again") -> dict[str, Any
 
 def config_files(folder: Path) -> list[Path]:
     """The files in an exported folder that name the base model."""
-    return [file for file in (folder / ROUTING, folder / CONFIG, *sorted(folder.glob(f"*/{CONFIG}"))) if file.is_file()]
+    return [
+        file
+        for file in (folder / ROUTING, folder / CONFIG, *sorted(folder.glob(f"*/{CONFIG}")))
+        if file.is_file()
+    ]

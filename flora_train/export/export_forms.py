@@ -27,7 +27,9 @@ def check_forms(specs: Sequence[AdapterSpec], names: Sequence[str], as_: str) ->
     if names or possible_names(specs, as_):
         return
     if all(spec.is_routed for spec in specs) and as_ in UNROUTED:
-        raise user_error("as", as_, f"all adapters of the run are routed: {ROUTES}; --as peft writes their parts")
+        raise user_error(
+            "as", as_, f"all adapters of the run are routed: {ROUTES}; --as peft writes their parts"
+        )
     if as_ == "lora-svd":
         hint = "writes adapters of language models, and all adapters of the run have heads: use peft"
         raise user_error("as", as_, hint)

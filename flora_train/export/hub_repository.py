@@ -221,7 +221,7 @@ def _stage_adapter(
             shutil.copyfile(file, folder / name)
     described = description_of(run.adapters / spec.name, f"flora-train export {run.path} writes it again")
     if spec.is_routed and described["task_type"] != "CAUSAL_LM":
-        hint = f"is {spec.method} and continues no texts: its card could not say how to load it; share its folder"
+        hint = f"is {spec.method} and continues no texts: its card could not say how to load it"
         raise user_error("adapter", spec.name, hint)
     if staging.base is not None:
         for file in config_files(folder):

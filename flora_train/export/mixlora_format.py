@@ -33,8 +33,8 @@ from flora_train.runtime.manifest import BASE_RECORD
 
 AS_MIXLORA = "--as mixlora"
 NO_DROPOUT = 1e-9
-"""Is written as lora_dropout: package mixlora wants more than 0, and drops out inputs of its experts whenever it
-computes."""
+"""Is written as lora_dropout: package mixlora wants more than 0, and drops out inputs of its experts whenever
+it computes."""
 
 
 def check_settings(spec: AdapterSpec) -> None:

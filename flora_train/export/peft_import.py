@@ -122,9 +122,7 @@ def _read_head(spec: AdapterSpec, source: str, key: str) -> dict[str, Tensor]:
     return _matching_head(spec, source, head, key)
 
 
-def _matching_head(
-    spec: AdapterSpec, source: str, head: Mapping[str, Tensor], key: str
-) -> dict[str, Tensor]:
+def _matching_head(spec: AdapterSpec, source: str, head: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
     """The head, or an empty one where it has other labels. Raises UserError if the task has no labels."""
     if head and spec.head is None:
         hint = f"has a head (modules_to_save), and tasks.{spec.task} has no labels that one learns"

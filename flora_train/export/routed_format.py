@@ -20,7 +20,9 @@ from flora_train.export.peft_forms import BaseModel, config_of, names_in_peft, t
 from flora_train.runtime.atomic import temporary_folder
 from flora_train.runtime.manifest import BASE_RECORD, LABELS, PEFT_WARNING
 
-NO_TYPE = "PEFT has no type for {}: the folder holds PEFT adapters, which README.md shows how to load together"
+NO_TYPE = (
+    "PEFT has no type for {}: the folder holds PEFT adapters, which README.md shows how to load together"
+)
 OF_PARTS = (CONFIG, WEIGHTS, PEFT_WARNING)
 """Files in the folder of a part."""
 

@@ -1,4 +1,4 @@
-"""The Python snippet of a routed adapter's card: loads its parts and routers with plain PEFT, and generates."""
+"""The Python lines on a routed adapter's card that load its parts and routers with plain PEFT."""
 
 from __future__ import annotations
 

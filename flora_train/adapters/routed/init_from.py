@@ -186,7 +186,9 @@ def _part_values(part: Part, theirs: RoutedAdapter, key: str) -> dict[str, dict[
         stem = name.removeprefix(PREFIX)
         module = next((module for module in by_module if stem.startswith(f"{module}.")), None)
         if module is None:
-            hint = f"has a tensor {name}, and the adapter has no such layer: target_modules or the base differ"
+            hint = (
+                f"has a tensor {name}, and the adapter has no such layer: target_modules or the base differ"
+            )
             raise user_error(key, source, hint)
         by_module[module][stem.removeprefix(f"{module}.")] = tensor
     values: dict[str, dict[str, Tensor]] = {}
@@ -207,9 +209,7 @@ def _part_values(part: Part, theirs: RoutedAdapter, key: str) -> dict[str, dict[
     return values
 
 
-def _add_routers(
-    pool: Pool, theirs: RoutedAdapter, values: dict[str, dict[str, Any]], key: str
-) -> None:
+def _add_routers(pool: Pool, theirs: RoutedAdapter, values: dict[str, dict[str, Any]], key: str) -> None:
     """Add the routers. Raises UserError where they are of other modules or widths."""
     expected = {name: layout[ROUTER][1] for name, layout in pool.layout.items() if ROUTER in layout}
     if set(expected) != set(theirs.routers):
@@ -223,7 +223,9 @@ def _add_routers(
         values.setdefault(module, {})[ROUTER] = router
 
 
-def copy_values(parameters: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Mapping[str, Any]]) -> None:
+def copy_values(
+    parameters: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Mapping[str, Any]]
+) -> None:
     """Write what `values_of` returns into the parameters of an adapter."""
     for module, params in values.items():
         for param, value in params.items():

@@ -109,7 +109,9 @@ def _check_options(config: Mapping[str, Any], source: str, key: str) -> None:
     if config.get("use_dora"):
         raise user_error(key, source, "has experts of DoRA (use_dora): experts are lora, flora or ia3")
     expert: Any = config.get("expert_lora") or {}
-    different = [name for name in ("r", "lora_alpha") if expert.get(name, config.get(name)) != config.get(name)]
+    different = [
+        name for name in ("r", "lora_alpha") if expert.get(name, config.get(name)) != config.get(name)
+    ]
     if different:
         hint = f"has experts (expert_lora) of another {different[0]} than its attention adapters"
         raise user_error(key, source, f"{hint}: one adapter here has one rank and one alpha")
@@ -169,4 +171,3 @@ def _check_parts(parts: Mapping[str, PeftAdapter], source: str, key: str) -> Non
     for config, tensors in parts.values():
         check_harmless(config, source, key)
         check_tensors(config, tensors, source, key=key)
-

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from flora_train.evaluation.report.formatting import count, number
 from flora_train.evaluation.routing.load_types import ExpertLoad
@@ -66,10 +66,15 @@ def layer_labels(modules: Sequence[str]) -> list[str]:
     if len(modules) < 2:
         return list(modules)
     parts = [module.split(".") for module in modules]
-    first = len(os.path.commonprefix(parts))
-    backwards = [list(reversed(each[first:])) for each in parts]
-    last = len(os.path.commonprefix(backwards))
+    first = _shared(parts)
+    last = _shared([each[:first:-1] for each in parts])
     return [".".join(each[first : len(each) - last]) for each in parts]
+
+
+def _shared(lists: Sequence[Sequence[str]]) -> int:
+    """The number of first entries that all lists have alike."""
+    columns = zip(*lists, strict=False)
+    return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
 
 
 def load_line(load: ExpertLoad) -> str:

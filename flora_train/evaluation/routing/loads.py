@@ -122,9 +122,7 @@ def _load(spec: AdapterSpec, recorder: LoadRecorder, tasks: Mapping[str, Task]) 
             continue
         tokens = max(tokens, int(counts.tokens))
         shares = (counts.chosen / counts.chosen.sum()).tolist()
-        layers.append(
-            LayerLoad(module=module, shares=shares, entropy=float(counts.entropy / counts.tokens))
-        )
+        layers.append(LayerLoad(module=module, shares=shares, entropy=float(counts.entropy / counts.tokens)))
     if not layers or spec.task not in tasks:
         return None
     examples = min(MAX_EXAMPLES, len(tasks[spec.task].validation))

@@ -109,7 +109,9 @@ def test_damaged_folders_are_refused(tmp_path: Path, damage: str, message: str) 
     folder = export_routed(routed_bank(), "a-mix", tmp_path / "mix", base=BaseModel("tiny"))
     if damage == "router":
         routers = load_file(folder / "router.safetensors")
-        save_file({name: router[:2].clone() for name, router in routers.items()}, folder / "router.safetensors")
+        save_file(
+            {name: router[:2].clone() for name, router in routers.items()}, folder / "router.safetensors"
+        )
     elif damage == "routing":
         content = json.loads((folder / "routing.json").read_text())
         (folder / "routing.json").write_text(json.dumps({**content, "top_k": "two"}))
