@@ -170,16 +170,19 @@ class AdapterBank:
         return [self.id_of(adapter) if isinstance(adapter, str) else adapter for adapter in adapters]
 
     @contextmanager
-    def routed(self, adapters: Tensor | Sequence[int] | Sequence[str]) -> Iterator[None]:
+    def routed(
+        self, adapters: Tensor | Sequence[int] | Sequence[str], lengths: Sequence[int] | None = None
+    ) -> Iterator[None]:
         """`route` for forward passes without a backward; afterwards the model is the plain base model again.
 
         Args:
             adapters: [B], as in `route`.
+            lengths: As in `route`.
 
         Raises:
             UserError: An adapter name or id is unknown.
         """
-        self.route(adapters)
+        self.route(adapters, lengths=lengths)
         try:
             yield
         finally:

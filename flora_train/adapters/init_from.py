@@ -21,10 +21,12 @@ from flora_train.adapters.peft_tensors import (
     split_head,
     with_whole_names,
 )
+from flora_train.adapters.routed.init_from import KEYS as ROUTED_KEYS
+from flora_train.adapters.routed.init_from import resolve_routed
 from flora_train.adapters.spec import AdapterSpec, make_spec, scaling_of
 from flora_train.adapters.subtracted_init import find_initial, plain_config
 from flora_train.adapters.targets import find_targets, shortest_suffixes
-from flora_train.config.adapter_schema import AdapterConfig
+from flora_train.config.adapter_schema import ROUTED, AdapterConfig
 from flora_train.config.errors import Problem, UserError, user_error
 from flora_train.config.name_patterns import value_for
 from flora_train.config.preference_schema import REFERRED
@@ -111,6 +113,7 @@ def _left_out(adapter: AdapterConfig) -> list[str]:
         "lora": LORA_KEYS,
         "dora": LORA_KEYS,
         "ia3": ("feedforward_modules",),
+        **dict.fromkeys(ROUTED, ROUTED_KEYS),
     }[adapter.method]
     missing = [key for key in keys if getattr(adapter, key) is None]
     return [*missing, "target_modules"] if adapter.target_modules == "default" else missing
@@ -124,6 +127,8 @@ def _resolve_and_check(
         for task in adapter.tasks or config.tasks:
             check_has_head(str(adapter.init_from).replace("{task}", task), f"{key}.init_from")
         return adapter
+    if adapter.method in ROUTED:
+        return resolve_routed(config, family, adapter, model)
     outlines: dict[str, PeftOutline] = {}
     problems: list[Problem] = []
     by_source: dict[str, PeftOutline] = {}

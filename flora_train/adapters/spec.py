@@ -12,6 +12,7 @@ from flora_train.config.adapter_schema import (
     DEFAULT_BALANCE_LOSS,
     DEFAULT_EXPERTS,
     DEFAULT_TOP_K,
+    ROUTED,
     AdapterConfig,
     adapter_name,
 )
@@ -122,6 +123,11 @@ class AdapterSpec:
     def writes_text(self) -> bool:
         """Whether the adapter continues texts: those of labels have a head, and others learn embeddings."""
         return self.head is None and self.pooling is None
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether a router chooses, for each token, among the parts of the adapter."""
+        return self.method in ROUTED
 
     @property
     def head_lr_ratio(self) -> float:

@@ -147,10 +147,11 @@ class AdapterConfig(ConfigModel):
     made from it. Default: all tasks."""
     init_from: PathText | None = None
     """Start from the parameters of a PEFT adapter (LORA, IA3, or HIRA for flora) instead of the identity: its
-    folder, or its name on the hub. A residual flora can also start close to a LORA. {task} in it stands for
-    the name of the task, as in outputs/before/adapters/{task}-lora. rank, alpha, their patterns, rslora,
-    variant, target_modules and feedforward_modules are read from its adapter_config.json where they are not
-    given. With evaluation.interval, step 0 is evaluated. Default: the identity."""
+    folder, or its name on the hub. A residual flora can also start close to a LORA; a mixlora starts from the
+    folder of an exported one, or from one in MixLoRA's published layout. {task} in it stands for the name of
+    the task, as in outputs/before/adapters/{task}-lora. rank, alpha, their patterns, rslora, variant, expert,
+    experts, top_k, target_modules and feedforward_modules are read from its files where they are not given.
+    With evaluation.interval, step 0 is evaluated. Default: the identity."""
     seed: int | None = Field(None, ge=0, le=2**63 - 1)
     """Seed of this adapter's initialization, dropout and NEFTune noise; the examples and their order are
     those of the run's seed. A list of seeds makes an adapter for each, and the report gives mean and standard

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ from flora_train.adapters.peft_tensors import (
     split_head,
     with_whole_names,
 )
+from flora_train.adapters.routed.init_from import copy_values, read_source, values_of
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.subtracted_init import WeightOf, find_initial, on_original_base
 from flora_train.adapters.targets import dense_weight
@@ -55,7 +57,11 @@ def init_from_peft(bank: AdapterBank, adapters: Iterable[int]) -> None:
     Raises UserError with the problems of all adapters (another PEFT type, rank, scale or other layers) before
     any adapter changes. Collective: the base model may be sharded.
     """
-    specs = [bank.specs[adapter] for adapter in adapters]
+    every = [bank.specs[adapter] for adapter in adapters]
+    specs = [spec for spec in every if not spec.is_routed]
+    routed = on_every_process(
+        lambda: _for_each([spec for spec in every if spec.is_routed], partial(_read_routed, bank))
+    )
     peft_adapters = on_every_process(
         lambda: _for_each(
             [spec for spec in specs if spec.method != "head"],
@@ -78,6 +84,19 @@ def init_from_peft(bank: AdapterBank, adapters: Iterable[int]) -> None:
                 view.copy_(values[f"{module}.{param}"])
     for name, head in heads.items():
         _copy_head(bank, name, head)
+    for name, (parameters, head) in routed.items():
+        copy_values(bank.parameters_of(name), parameters)
+        _copy_head(bank, name, head)
+
+
+def _read_routed(
+    bank: AdapterBank, spec: AdapterSpec, source: str, key: str
+) -> tuple[dict[str, dict[str, Any]], Mapping[str, Tensor]]:
+    """The parameters that a routed adapter starts with, and its head. Raises UserError where its folder does
+    not fit."""
+    theirs = read_source(source, key)
+    pool, _ = bank.location[bank.id_of(spec.name)]
+    return values_of(pool, spec, theirs, key), _matching_head(spec, source, theirs.head, key)
 
 
 def _copy_head(bank: AdapterBank, name: str, head: Mapping[str, Tensor]) -> None:
@@ -100,6 +119,11 @@ def _read_head(spec: AdapterSpec, source: str, key: str) -> dict[str, Tensor]:
     Raises UserError for an adapter with a head whose task has no labels, and for method head without one.
     """
     _, _, head = split_head(*read_files(source, key))
+    return _matching_head(spec, source, head, key)
+
+
+def _matching_head(spec: AdapterSpec, source: str, head: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
+    """The head, or an empty one where it has other labels. Raises UserError if the task has no labels."""
     if head and spec.head is None:
         hint = f"has a head (modules_to_save), and tasks.{spec.task} has no labels that one learns"
         raise user_error(key, source, hint)
@@ -108,7 +132,7 @@ def _read_head(spec: AdapterSpec, source: str, key: str) -> dict[str, Tensor]:
         if theirs is not None and theirs.names != spec.labels.labels:
             logger.warning(f"{spec.name} begins with a new head: that of {source} has other labels")
             return {}
-    return head
+    return dict(head)
 
 
 def _for_each(

@@ -58,6 +58,8 @@ class AdapterMethod(ABC):
     """Whether PEFT gives all modules of its type the rank `r`, whatever its rank_pattern."""
     begins_with_weight: bool = False
     """Whether `values_of_weight` has initial values."""
+    merges: bool = True
+    """Whether `merge` exists."""
 
     @abstractmethod
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:
