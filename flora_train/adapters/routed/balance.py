@@ -29,9 +29,9 @@ class DrawTokens:
     draw: Tensor
     """int64 [T]: position of each token's draw; D for padding and rows without a draw."""
     counts: Tensor
-    """float32 [D]: tokens of each draw."""
+    """float64 [D]: tokens of each draw."""
     shares: Tensor
-    """float32 [D]: the share of each draw in its adapter's loss."""
+    """float64 [D]: the share of each draw in its adapter's loss."""
     adapters: tuple[int, ...]
     """[D]: which of the span's adapters each draw belongs to."""
 
@@ -43,12 +43,12 @@ class DrawTokens:
 
 @dataclass(frozen=True)
 class Load:
-    """The load of one router in a forward pass."""
+    """The load of one router in a forward pass, in the dtype of its probabilities."""
 
     slots: Tensor
-    """float32 [D, E]: shares of the slots, f."""
+    """[D, E]: shares of the slots, f."""
     probabilities: Tensor
-    """float32 [D, E]: mean probabilities, P."""
+    """[D, E]: mean probabilities, P."""
 
 
 def real_tokens(routing: Routing, span: Span, tokens_per_row: int, device: torch.device) -> Tensor | None:
@@ -95,7 +95,8 @@ def _draw_tokens(
         draws = torch.where(real, draws, len(places))
     counts = draws.bincount(minlength=len(places) + 1)[: len(places)]
     adapters = tuple(k for k, _ in places)
-    return DrawTokens(draws, counts.float(), torch.tensor(shares, device=device), adapters)
+    of_draws = torch.tensor(shares, dtype=torch.float64, device=device)
+    return DrawTokens(draws, counts.double(), of_draws, adapters)
 
 
 def load_of(choice: Choice, tokens: DrawTokens) -> Load:
@@ -105,12 +106,13 @@ def load_of(choice: Choice, tokens: DrawTokens) -> Load:
     draw = tokens.draw.repeat_interleave(choice.experts.shape[1])
     cell = torch.where(chosen == UNUSED, tokens.draws * count, draw * count + chosen)
     slots = cell.bincount(minlength=(tokens.draws + 1) * count)[: tokens.draws * count]
-    slots = slots.view(tokens.draws, count).float()
+    slots = slots.view(tokens.draws, count).to(choice.probabilities.dtype)
     sums = choice.probabilities.new_zeros(tokens.draws + 1, count)
     sums.index_add_(0, tokens.draw, choice.probabilities.detach())
+    counts = tokens.counts.to(sums.dtype)
     return Load(
         slots / slots.sum(dim=1, keepdim=True).clamp_min(1.0),
-        sums[: tokens.draws] / tokens.counts[:, None].clamp_min(1.0),
+        sums[: tokens.draws] / counts[:, None].clamp_min(1.0),
     )
 
 
@@ -132,7 +134,8 @@ class BalanceGradient(torch.autograd.Function):
         loads = recorded_loads(routing, span)
         slots = torch.stack([load.slots for load in loads]).mean(0)
         factor = experts.balance_loss * experts.count / len(loads)
-        of_draws = slots * (factor * tokens.shares / tokens.counts.clamp_min(1.0))[:, None]
+        weights = factor * tokens.shares / tokens.counts.clamp_min(1.0)
+        of_draws = slots * weights.to(slots.dtype)[:, None]
         of_draws = torch.cat([of_draws, of_draws.new_zeros(1, experts.count)])
         return dy, of_draws[tokens.draw], None, None, None
 
