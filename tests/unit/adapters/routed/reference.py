@@ -1,7 +1,7 @@
 """A slow MixLoRA, written from the paper's formulas: loops over tokens and over whole feed-forward blocks.
 
-Source: Li et al., "MixLoRA" (arXiv 2404.15159), eq. 3 to 8. A block is the model's own module, which runs once
-for every token and expert, with the adapters of that expert on its linear layers.
+Source: Li et al., "MixLoRA" (arXiv 2404.15159), eq. 3 to 8. A block is the model's own module, which runs
+once for every token and expert, with the adapters of that expert on its linear layers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""MixLoRA equals a slow loop over tokens and whole feed-forward blocks in float64: values and all gradients."""
+"""MixLoRA equals a slow loop over tokens and whole blocks in float64: values and all gradients."""
 
 from __future__ import annotations
 
