@@ -2,9 +2,9 @@
 
 For one draw of an adapter, over the tokens of all its rows without padding and over all L routers together:
 coefficient x E x sum_e f_e P_e, where f_e is the share of the slots that hold expert e and P_e its mean
-probability. An adapter's loss has the mean over its draws of the step. f has no gradient, so that the gradient
-of a probability is known once all routers have run: `BalanceGradient` adds it in the backward. It is right with
-every kind of activation checkpointing.
+probability. An adapter's loss has the mean over its draws of the step. f has no gradient, so that the
+gradient of a probability is known once all routers have run: `BalanceGradient` adds it in the backward. It is
+right with every kind of activation checkpointing.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Load:
     """[D, E]: shares of the slots, f."""
     probabilities: Tensor
     """[D, E]: mean probabilities, P."""
+    tokens: DrawTokens
 
 
 def real_tokens(routing: Routing, span: Span, tokens_per_row: int, device: torch.device) -> Tensor | None:
@@ -113,6 +114,7 @@ def load_of(choice: Choice, tokens: DrawTokens) -> Load:
     return Load(
         slots / slots.sum(dim=1, keepdim=True).clamp_min(1.0),
         sums[: tokens.draws] / counts[:, None].clamp_min(1.0),
+        tokens,
     )
 
 
@@ -162,18 +164,22 @@ def with_balance(
 
 
 def balance_losses(routing: Routing) -> dict[str, Tensor]:
-    """Adapter -> its balance loss in this forward pass: the share of the step's mean that the rows of this
-    batch are."""
+    """The balance losses of a forward pass.
+
+    Args:
+        routing: Of a forward pass that has ended, whose rows belong to draws.
+
+    Returns:
+        Adapter name -> the part of its balance loss that the rows of this batch are, a number of the dtype of
+        the router's probabilities. The parts of a step add up to the mean over its draws.
+    """
     losses: dict[str, Tensor] = {}
     for span in routing.spans:
-        loads = recorded_loads(routing, span) if span.pool is not None else []
-        experts = span.specs[0].experts if span.specs else None
-        if not loads or experts is None:
+        loads = recorded_loads(routing, span)
+        if not loads:
             continue
-        key = next(
-            k for k in routing.loads if isinstance(k, tuple) and k[:3] == ("draws", id(span.pool), span.start)
-        )
-        tokens: DrawTokens = routing.loads[key]
+        experts, tokens = span.specs[0].experts, loads[0].tokens
+        assert experts is not None
         slots = torch.stack([load.slots for load in loads]).mean(0)
         probabilities = torch.stack([load.probabilities for load in loads]).mean(0)
         values = experts.balance_loss * experts.count * (slots * probabilities).sum(1) * tokens.shares
