@@ -130,6 +130,11 @@ class AdapterSpec:
         return self.method in ROUTED
 
     @property
+    def layer_method(self) -> str:
+        """The method that computes the adapter's layers: that of the experts, if it has some."""
+        return self.method if self.experts is None else self.experts.method
+
+    @property
     def head_lr_ratio(self) -> float:
         """The learning rate of the head relative to that of the other parameters."""
         return 1.0 if self.head_lr is None else self.head_lr / self.lr

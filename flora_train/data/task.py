@@ -15,6 +15,7 @@ from flora_train.config.task_schema import TaskConfig
 from flora_train.data.audio.common_voice import check_clips_exist
 from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.audio.speech_task import load_speech_task
+from flora_train.data.balanced_draws import balance_problem
 from flora_train.data.chat.rows import ChatRowEncoder
 from flora_train.data.documents import RowEncoder
 from flora_train.data.embeddings.costs import embedding_problems
@@ -116,9 +117,12 @@ def load_tasks(
 def _draw_problems(task: Task, config: RunConfig) -> list[Problem]:
     """Problems of draws that do not fit into a step, or into a micro-batch if a loss couples their rows."""
     cached = []
-    for adapter in config.adapters.values():
-        if task.name not in (adapter.tasks or config.tasks):
-            continue
+    learners = {
+        name: adapter
+        for name, adapter in config.adapters.items()
+        if task.name in (adapter.tasks or config.tasks)
+    }
+    for adapter in learners.values():
         has_initial_state = adapter.init_from is not None
         cached.append(task.preference is not None and task.preference.reads_cache(has_initial_state))
     examples = config.mixture.examples_per_draw
@@ -140,6 +144,15 @@ def _draw_problems(task: Task, config: RunConfig) -> list[Problem]:
             tokens_per_microbatch=config.training.tokens_per_microbatch,
         ),
     ]
+    if task.preference is None and task.embedding is None:
+        problem = balance_problem(
+            task.name,
+            task.train,
+            learners,
+            examples=examples,
+            tokens_per_microbatch=config.training.tokens_per_microbatch,
+        )
+        problems.append(problem)
     problems += embedding_problems(
         task.name,
         task.train,

@@ -29,9 +29,9 @@ class DrawTokens:
     draw: Tensor
     """int64 [T]: position of each token's draw; D for padding and rows without a draw."""
     counts: Tensor
-    """float32 [D]: tokens of each draw."""
+    """float64 [D]: tokens of each draw."""
     shares: Tensor
-    """float32 [D]: the share of each draw in its adapter's loss."""
+    """float64 [D]: the share of each draw in its adapter's loss."""
     adapters: tuple[int, ...]
     """[D]: which of the span's adapters each draw belongs to."""
 
@@ -43,12 +43,13 @@ class DrawTokens:
 
 @dataclass(frozen=True)
 class Load:
-    """The load of one router in a forward pass."""
+    """The load of one router in a forward pass, in the dtype of its probabilities."""
 
     slots: Tensor
-    """float32 [D, E]: shares of the slots, f."""
+    """[D, E]: shares of the slots, f."""
     probabilities: Tensor
-    """float32 [D, E]: mean probabilities, P."""
+    """[D, E]: mean probabilities, P."""
+    tokens: DrawTokens
 
 
 def real_tokens(routing: Routing, span: Span, tokens_per_row: int, device: torch.device) -> Tensor | None:
@@ -95,7 +96,8 @@ def _draw_tokens(
         draws = torch.where(real, draws, len(places))
     counts = draws.bincount(minlength=len(places) + 1)[: len(places)]
     adapters = tuple(k for k, _ in places)
-    return DrawTokens(draws, counts.float(), torch.tensor(shares, device=device), adapters)
+    of_draws = torch.tensor(shares, dtype=torch.float64, device=device)
+    return DrawTokens(draws, counts.double(), of_draws, adapters)
 
 
 def load_of(choice: Choice, tokens: DrawTokens) -> Load:
@@ -105,12 +107,14 @@ def load_of(choice: Choice, tokens: DrawTokens) -> Load:
     draw = tokens.draw.repeat_interleave(choice.experts.shape[1])
     cell = torch.where(chosen == UNUSED, tokens.draws * count, draw * count + chosen)
     slots = cell.bincount(minlength=(tokens.draws + 1) * count)[: tokens.draws * count]
-    slots = slots.view(tokens.draws, count).float()
+    slots = slots.view(tokens.draws, count).to(choice.probabilities.dtype)
     sums = choice.probabilities.new_zeros(tokens.draws + 1, count)
     sums.index_add_(0, tokens.draw, choice.probabilities.detach())
+    counts = tokens.counts.to(sums.dtype)
     return Load(
         slots / slots.sum(dim=1, keepdim=True).clamp_min(1.0),
-        sums[: tokens.draws] / tokens.counts[:, None].clamp_min(1.0),
+        sums[: tokens.draws] / counts[:, None].clamp_min(1.0),
+        tokens,
     )
 
 
@@ -132,7 +136,8 @@ class BalanceGradient(torch.autograd.Function):
         loads = recorded_loads(routing, span)
         slots = torch.stack([load.slots for load in loads]).mean(0)
         factor = experts.balance_loss * experts.count / len(loads)
-        of_draws = slots * (factor * tokens.shares / tokens.counts.clamp_min(1.0))[:, None]
+        weights = factor * tokens.shares / tokens.counts.clamp_min(1.0)
+        of_draws = slots * weights.to(slots.dtype)[:, None]
         of_draws = torch.cat([of_draws, of_draws.new_zeros(1, experts.count)])
         return dy, of_draws[tokens.draw], None, None, None
 
@@ -159,15 +164,22 @@ def with_balance(
 
 
 def balance_losses(routing: Routing) -> dict[str, Tensor]:
-    """Adapter -> its balance loss in this forward pass, of the draws of this batch, in their shares of the
-    step."""
+    """The balance losses of a forward pass.
+
+    Args:
+        routing: Of a forward pass that has ended, whose rows belong to draws.
+
+    Returns:
+        Adapter name -> the part of its balance loss that the rows of this batch are, a number of the dtype of
+        the router's probabilities. The parts of a step add up to the mean over its draws.
+    """
     losses: dict[str, Tensor] = {}
     for span in routing.spans:
         loads = recorded_loads(routing, span)
-        tokens = cast("DrawTokens | None", routing.loads.get(_key("draws", span)))
-        experts = span.specs[0].experts if span.specs else None
-        if not loads or tokens is None or experts is None:
+        if not loads:
             continue
+        experts, tokens = span.specs[0].experts, loads[0].tokens
+        assert experts is not None
         slots = torch.stack([load.slots for load in loads]).mean(0)
         probabilities = torch.stack([load.probabilities for load in loads]).mean(0)
         products = (slots * probabilities).sum(1) * tokens.shares

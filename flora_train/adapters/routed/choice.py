@@ -43,11 +43,12 @@ def choose(logits: Tensor, experts: Experts) -> Choice:
     gradient would be 0: its gradient is then that of the probability (the straight-through estimator).
     """
     probabilities = logits.softmax(dim=-1)
-    # A stable sort, because topk does not say which of equal values it takes.
-    sorted_values, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    values, chosen = sorted_values[:, : experts.top_k], order[:, : experts.top_k]
+    # A stable sort, because topk does not say which of equal values it takes. Of the logits, because
+    # probabilities are equal where these differ by less than rounding.
+    chosen = logits.detach().argsort(dim=-1, descending=True, stable=True)[:, : experts.top_k]
+    values = probabilities.gather(1, chosen)
     if experts.top_k == 1:
-        return Choice(chosen, 1.0 + values - values.detach(), probabilities)
+        return Choice(chosen, 1.0 + (values - values.detach()), probabilities)
     if experts.top_p < 1.0:
         reached = values.detach().cumsum(dim=-1) - values.detach()
         is_used = reached < experts.top_p
