@@ -18,10 +18,11 @@ from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.methods import Params, Site
 from flora_train.adapters.methods.mixlora import ROUTER, expert_method
 from flora_train.adapters.pool import Pool
-from flora_train.adapters.routed.balance import real_tokens, with_balance
+from flora_train.adapters.routed.balance import with_balance
 from flora_train.adapters.routed.blocks import FeedForwardBlock, hidden_states
-from flora_train.adapters.routed.choice import Choice, choose, router_logits
+from flora_train.adapters.routed.choice import choose, router_logits
 from flora_train.adapters.routed.jitter import jittered
+from flora_train.adapters.routed.recording import record_choice
 from flora_train.adapters.routing import BatchRouting, Routing, Span
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.kernels.autocast import linear_dtype
@@ -103,26 +104,19 @@ class ExpertBlock:
         routers = span.pool.gather(self.block.name, span.slots)[ROUTER]
         read = jittered(x, self.block.name, routing, span, tokens_per_row=tokens_per_row)
         choice = choose(router_logits(read, routers, segments), experts)
-        self._record(choice, routing, span, tokens_per_row=tokens_per_row)
+        record_choice(
+            self.router.recorder,
+            choice,
+            self.block.name,
+            routing=routing,
+            span=span,
+            tokens_per_row=tokens_per_row,
+        )
         pairs = group_pairs(choice.experts, segments, experts.count)
         run = _Experts(self, span, pairs, routing, tokens_per_row)
         hidden = hidden_states(self.block.form, self._activation, run.inputs(x))
         y = combine_pairs(run.output(hidden), choice.weights, pairs)
         return with_balance(y, choice, self.block.name, routing, span, tokens_per_row=tokens_per_row)
-
-    @torch.no_grad()
-    def _record(self, choice: Choice, routing: Routing, span: Span, *, tokens_per_row: int) -> None:
-        if self.router.recorder is None:
-            return
-        real = real_tokens(routing, span, tokens_per_row, choice.experts.device)
-        for k, first, end in span.segments.scaled(tokens_per_row):
-            part = slice(first, end)
-            experts, probabilities = choice.experts[part], choice.probabilities[part]
-            if real is not None:
-                experts, probabilities = experts[real[part]], probabilities[real[part]]
-            self.router.recorder.add(
-                span.specs[k], self.block.name, experts=experts, probabilities=probabilities
-            )
 
 
 class _Experts:
