@@ -105,7 +105,7 @@ class Pool:
         return PLANES + self.has_averages
 
     def rate_columns(self, device: torch.device) -> Tensor:
-        """uint8 [P]: which learning rate a number of a row has. 0: lr; 1: second_lr_ratio x lr; 2: head_lr."""
+        """uint8 [P]: which learning rate a number has. 0: lr; 1: second_lr_ratio x lr; 2: head_lr."""
         if self._rate_columns is None or self._rate_columns.device != device:
             columns = torch.zeros(self.row_size, dtype=torch.uint8)
             for layout in self.layout.values():

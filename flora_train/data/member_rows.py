@@ -9,7 +9,6 @@ from flora_train.config.adapter_schema import AdapterConfig
 from flora_train.config.errors import choices, did_you_mean, user_error
 from flora_train.config.json_format import JsonObject
 from flora_train.config.member_schema import member_name
-from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.documents import EncodedExample, LocatedRow, RowEncoder, RowsOutline
 
@@ -75,8 +74,3 @@ def with_members(name: str, task: TaskConfig, adapters: Mapping[str, AdapterConf
         hint = "cannot name a member: the adapters of method meteora of this task have none in common"
         raise user_error(f"tasks.{name}.task_id", task.task_id, hint)
     return task.model_copy(update={"task_members": sorted(names)})
-
-
-def members_of(config: RunConfig, name: str) -> tuple[str, ...]:
-    """The names that the numbers of a task's members stand for; empty for a task without task_id."""
-    return tuple(with_members(name, config.tasks[name], config.adapters).task_members or ())

@@ -30,13 +30,15 @@ class GateGoals:
     def of_row(self, row: Row, plan: StepPlan) -> RowGoal | None:
         """The goal of a training row; None for adapters without, and for rows without learnt tokens."""
         numbers = self._numbers.get(row.adapter)
-        spec, learnt = self.bank.specs[row.adapter], plan.label_tokens.get(row.adapter, 0)
-        if not numbers or spec.gate is None or not learnt:
+        learnt = plan.label_tokens.get(row.adapter, 0)
+        if numbers is None or not learnt:
             return None
+        gate = self.bank.specs[row.adapter].gate
+        assert gate is not None
         split = self.tasks[row.task].train
         members = [numbers[member] for member in members_of_example(split, row.example)]
         documents = [(len(tokens), spans) for tokens, spans in split.documents(row.example)]
-        return RowGoal(goal_positions(documents, members), spec.gate.loss / learnt)
+        return RowGoal(goal_positions(documents, members), gate.loss / learnt)
 
 
 def members_of_example(split: TokenSplit, example: int) -> list[int]:

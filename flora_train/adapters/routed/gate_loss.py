@@ -1,11 +1,11 @@
 """The loss that teaches a gate which member a row belongs to.
 
-For an adapter with coefficient c, L layers and n learnt tokens in the whole step, it is
-c / (L n) x sum over layers and learnt tokens of -log(probability of the token's member). A learnt token counts
-at the position that predicts it, whose gates its own loss depends on: the last token of a prompt belongs to
-them, the others of the prompt and padding do not. Every layer knows its share of the gradient, and
-`GateGradient` adds it in the backward, so that it is right with every kind of activation checkpointing and
-whatever micro-batches a step is divided into.
+For an adapter with coefficient c, L layers and n learnt tokens in the whole step, it is c / (L n) x sum over
+layers and learnt tokens of -log(probability of the token's member). A learnt token counts at the position
+that predicts it, whose gates its own loss depends on: the last token of a prompt belongs to them, the others
+of the prompt and padding do not. Every layer knows its share of the gradient, and `GateGradient` adds it in
+the backward, so that it is right with every kind of activation checkpointing and whatever micro-batches a
+step is divided into.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TokenGoals:
     members: Tensor
     """int64 [T]; 0 for tokens without goal."""
     weights: Tensor
-    """float32 [T]: coefficient of each token's cross-entropy in a layer; 0 for tokens without goal."""
+    """float64 [T]: coefficient of each token's cross-entropy in a layer; 0 for tokens without goal."""
 
 
 def goal_positions(
@@ -68,7 +68,7 @@ def _token_goals(
     if all(row is None for row in rows):
         return None
     members = np.zeros((len(rows), tokens_per_row), dtype=np.int64)
-    weights = np.zeros((len(rows), tokens_per_row), dtype=np.float32)
+    weights = np.zeros((len(rows), tokens_per_row))
     for number, row in enumerate(rows):
         if row is not None:
             goals = row.members[:tokens_per_row]
@@ -96,8 +96,8 @@ class GateGradient(torch.autograd.Function):
         dlogits = logits.softmax(dim=-1)
         dlogits[torch.arange(len(dlogits), device=dlogits.device), goals.members] -= 1.0
         # A token without goal adds nothing, also where its logits are not finite.
-        has_goal = goals.weights[:, None] != 0
-        return dy, torch.where(has_goal, dlogits * goals.weights[:, None], 0.0), None
+        weights = goals.weights[:, None].to(dlogits.dtype)
+        return dy, torch.where(weights != 0, dlogits * weights, 0.0), None
 
 
 def with_gate_loss(
@@ -112,7 +112,7 @@ def with_gate_loss(
         return y
     losses = routing.loads.setdefault(("gate losses", id(span.pool), span.start), {})
     with torch.no_grad():  # again the same in a recomputed forward
-        losses[module] = F.cross_entropy(logits, goals.members, reduction="none") * goals.weights
+        losses[module] = F.cross_entropy(logits, goals.members, reduction="none").double() * goals.weights
     return GateGradient.apply(y, logits, goals) if torch.is_grad_enabled() else y
 
 

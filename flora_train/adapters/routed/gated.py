@@ -1,8 +1,8 @@
-"""Layers with a gate: base(x) + sum_e w_e delta_e(x) for each token, over the members e that its gate chooses.
+"""Layers with a gate: base(x) + sum_e w_e delta_e(x) for each token, over the members that the gate chooses.
 
-LoRA and IA3 members are not sorted: the tokens of an adapter meet all its members at once, as one LoRA of rank
-n R whose hidden features are weighted, or as one matrix of scales, which is faster for small ranks than sending
-each token to its own. fLoRA members are computed for the tokens that choose them alone.
+LoRA and IA3 members are not sorted: the tokens of an adapter meet all its members at once, as one LoRA of
+rank n R whose hidden features are weighted, or as one matrix of scales, which is faster for small ranks than
+sending each token to its own. fLoRA members are computed for the tokens that choose them alone.
 """
 
 from __future__ import annotations
