@@ -105,7 +105,8 @@ def resolve_config(config: RunConfig, folder: RunFolder | None = None) -> RunCon
     begun = None
     if folder is not None and config.resume and folder.config.is_file():
         begun = load_saved(folder.config)
-    return resolve_members(resolve_init_from(config, begun), begun)
+    is_finished = folder is not None and begun is not None and folder.finished
+    return resolve_members(resolve_init_from(config, begun), begun, is_finished=is_finished)
 
 
 def load_context(

@@ -33,12 +33,14 @@ VALUES_OF = {
 """Method -> keys of a member that are read from its files."""
 
 
-def resolve_members(config: RunConfig, begun: RunConfig | None = None) -> RunConfig:
+def resolve_members(
+    config: RunConfig, begun: RunConfig | None = None, *, is_finished: bool = False
+) -> RunConfig:
     """The configuration with what the adapters are that gates choose from.
 
-    begun: the configuration with which the run began, if it is resumed or extended: its members are kept, and
-    its adapters can be members of new gates. Raises UserError with all members that are missing, damaged, of
-    another base model or not trained yet.
+    begun: the configuration with which the run began, if it is resumed or extended: its members are kept.
+    is_finished: whether that run is finished, so that its adapters can be members of new gates. Raises
+    UserError with all members that are missing, damaged, of another base model or not trained yet.
     """
     adapters: dict[str, AdapterConfig] = {}
     problems: list[Problem] = []
@@ -51,7 +53,7 @@ def resolve_members(config: RunConfig, begun: RunConfig | None = None) -> RunCon
         if before is not None and before.over == adapter.over:
             adapters[family] = adapter.model_copy(update={"members": before.members})
             continue
-        finder = finder or _Finder(config, begun)
+        finder = finder or _Finder(config, begun if is_finished else None)
         members: list[MemberConfig] = []
         for source in adapter.over:
             try:
@@ -67,12 +69,13 @@ def resolve_members(config: RunConfig, begun: RunConfig | None = None) -> RunCon
 class _Finder:
     """Finds the members of the gates of a run."""
 
-    def __init__(self, config: RunConfig, begun: RunConfig | None) -> None:
+    def __init__(self, config: RunConfig, finished: RunConfig | None) -> None:
+        """finished: the configuration of the finished run that is extended."""
         self.config = config
         self.model = empty_model(config.model)
         self.modules = [name for name, _ in self.model.named_modules() if name]
         self.of_run = _adapters_of(config)
-        self.trained = _adapters_of(begun) if begun is not None else {}
+        self.trained = _adapters_of(finished) if finished is not None else {}
         self._check_base = _base_checker(config.model)
 
     def find(self, source: str, family: str) -> MemberConfig:

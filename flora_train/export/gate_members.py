@@ -49,7 +49,7 @@ def members_of(bank: AdapterBank, adapter: int) -> dict[str, dict[str, dict[str,
 def values_from_peft(
     bank: AdapterBank, adapter: int, member: AdapterSpec, peft_adapter: PeftAdapter, *, key: str
 ) -> ModuleValues:
-    """The values of a PEFT adapter, as those of a member of a gate. Raises UserError where they do not fit."""
+    """The values of a PEFT adapter, for a member of a gate. Raises UserError where they do not fit."""
     _, tensors = peft_adapter
     source, values = str(member.init_from), {}
     method = METHODS[member.method]

@@ -90,7 +90,7 @@ def _read_members(bank: AdapterBank, gates: Iterable[int]) -> dict[str, PeftAdap
     adapters: dict[str, PeftAdapter] = {}
     problems: list[Problem] = []
     for adapter in gates:
-        for member, source, key in _sources_of(bank, adapter):
+        for _, source, key in _sources_of(bank, adapter):
             if source in bank.ids or source in adapters:
                 continue
             try:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.seeds import seeded_generator
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import linear_layers
 from flora_train.export.gate_members import members_of
@@ -66,12 +67,13 @@ def gate_spec(
 
 
 @torch.no_grad()
-def randomise(bank: AdapterBank, seed: int = 1, scale: float = 0.3) -> None:
-    """Give gates and members of all gates random values, but not the padding of their ranks."""
+def randomise(bank: AdapterBank, scale: float = 0.3) -> None:
+    """Give all gates and their members random values that depend on the adapter's name, but not the padding
+    of their ranks."""
     for adapter, one in enumerate(bank.specs):
         if one.gate is None:
             continue
-        generator = torch.Generator().manual_seed(seed + adapter)
+        generator = seeded_generator(1, one.name, "random members")
         for params in bank.parameters_of(one.name).values():
             gate = params["gate"]
             gate.copy_(torch.randn(gate.shape, generator=generator).to(gate))
