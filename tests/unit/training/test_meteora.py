@@ -123,7 +123,7 @@ def test_frozen_members_do_not_count_in_the_norm_that_is_clipped(tmp_path: Path)
 
 def frozen_views(bank: AdapterBank) -> list[Tensor]:
     """All parameters of the only gate, padding included, but the gate."""
-    params = [of_module for of_module in bank.parameters_of(bank.specs[0].name).values()]
+    params = list(bank.parameters_of(bank.specs[0].name).values())
     return [view for of_module in params for name, view in of_module.items() if name != "gate"]
 
 
