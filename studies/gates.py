@@ -60,7 +60,9 @@ def member_of(language: str, members: Sequence[str]) -> int:
     return members.index(name)
 
 
-def read_choices(run: Path, folder: Path, tokens: int, limit: int) -> tuple[dict[str, list[Document]], list[str]]:
+def read_choices(
+    run: Path, folder: Path, tokens: int, limit: int
+) -> tuple[dict[str, list[Document]], list[str]]:
     """Language -> its documents, and the members of the gate. limit: documents of a language."""
     with locked(str(run), alone=False):
         context, _ = load_run(str(run))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from flora_train.adapters.methods import Site, Target
 from flora_train.adapters.pool import Pool
+from flora_train.adapters.routed.gated import run_gated
 from flora_train.adapters.routing import BatchRouting, Routing, Span
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import dense_weight
@@ -139,6 +140,16 @@ class AdapterLinear(nn.Module):
             bias=self.bias,
             dropout=lambda rows: routing.dropout(rows, target.name, span, tokens_per_row=tokens_per_row),
         )
+        if span.specs[0].gate is not None:
+            return run_gated(
+                x,
+                site,
+                target.name,
+                span=span,
+                routing=routing,
+                recorder=self.router.recorder,
+                tokens_per_row=tokens_per_row,
+            )
         params = span.gather(target.name)
         segments = span.segments.scaled(tokens_per_row)
         specs = [spec.at(target.name) for spec in span.specs]

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flora_train.adapters.pool import Pool
@@ -69,6 +71,17 @@ class RowDraw:
 
 
 @dataclass(frozen=True)
+class RowGoal:
+    """What the gates of a row are to choose in training."""
+
+    members: NDArray[np.int64]
+    """int64 [tokens]: the member that each position is to choose, -1 for none."""
+    share: float
+    """Coefficient of a token's cross-entropy, the mean over layers, in the adapter's loss: gate_loss / learnt
+    tokens of the row's adapter in the whole step, on all processes."""
+
+
+@dataclass(frozen=True)
 class EmbeddingNoise:
     """NEFTune noise on the input embeddings of one row."""
 
@@ -115,6 +128,8 @@ class Routing:
     """The draw of each row, in grouped order. None: no load is balanced."""
     lengths: tuple[int, ...] | None = None
     """Tokens of each row without padding, in grouped order. None: no row is padded."""
+    goals: tuple[RowGoal | None, ...] | None = None
+    """What the gates of each row are to choose, in grouped order. None: gates have no loss of their own."""
     loads: dict[object, object] = field(default_factory=dict, repr=False)
     """What the routers of a forward pass recorded of their load, for the backward."""
     merged: Mapping[str, MergedLayer] | None = None
@@ -162,6 +177,7 @@ class Routing:
             noise=chosen(self.noise),
             draws=chosen(self.draws),
             lengths=chosen(self.lengths),
+            goals=chosen(self.goals),
             loads=self.loads,
         )
         return torch.tensor(positions), rest
@@ -273,9 +289,10 @@ def build_routing(
     noise: Sequence[RowNoise | None] | None = None,
     draws: Sequence[RowDraw | None] | None = None,
     lengths: Sequence[int] | None = None,
+    goals: Sequence[RowGoal | None] | None = None,
 ) -> Routing:
     """The routing for one adapter id per row (-1: base model); `location[id]` is its pool and its position
-    there. noise, draws, lengths: of each row."""
+    there. noise, draws, lengths, goals: of each row."""
     order = sorted(range(len(ids)), key=lambda row: ids[row])
     runs = _runs([ids[row] for row in order])
 
@@ -307,6 +324,7 @@ def build_routing(
         embedding_noise=on_embeddings,
         draws=None if draws is None else tuple(draws[row] for row in order),
         lengths=None if lengths is None else tuple(lengths[row] for row in order),
+        goals=None if goals is None else tuple(goals[row] for row in order),
     )
     if order == list(range(len(ids))):
         return routing

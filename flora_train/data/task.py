@@ -27,6 +27,7 @@ from flora_train.data.labels.load import labelled_texts
 from flora_train.data.labels.rows import LabelRowEncoder
 from flora_train.data.labels.spec import LabelSpec
 from flora_train.data.labels.verbalizer import VerbalizerRowEncoder
+from flora_train.data.member_rows import MemberRowEncoder, with_members
 from flora_train.data.mixture import draw_problem
 from flora_train.data.preferences.costs import largest_unit, row_costs, unit_problem
 from flora_train.data.preferences.preference import Preference, preference_of
@@ -67,6 +68,8 @@ class Task:
     """The labels of texts, from which each of its adapters learns a head; None: there is no head."""
     embedding: EmbeddingSpec | None = None
     """How embeddings are made and learnt from pairs or triplets; None: the task learns none."""
+    members: tuple[str, ...] = ()
+    """With task_id: the members of gates that the targets of its splits are the numbers of."""
 
     @property
     def evaluated(self) -> TokenSplit:
@@ -245,8 +248,11 @@ def load_spoken_task(
 
 def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, cache: Path) -> Task:
     """A task of text."""
+    task = with_members(name, task, config.adapters)
     loaded = load_text_splits(name, task, config, tokenizer, cache)
     encoder, splits = loaded.encoder, dict(loaded.splits)
+    if isinstance(encoder, MemberRowEncoder):
+        encoder = encoder.inner
     preference, label, embedding = None, None, None
     if isinstance(encoder, PreferenceRowEncoder):
         preference = preference_of(task)
@@ -269,8 +275,9 @@ def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: An
         test=splits.get("test"),
         preference=preference,
         label=label,
-        format=_format_of(loaded.encoder),
+        format=_format_of(encoder),
         embedding=embedding,
+        members=tuple(task.task_members or ()),
     )
 
 

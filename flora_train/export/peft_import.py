@@ -34,6 +34,7 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.subtracted_init import WeightOf, find_initial, on_original_base
 from flora_train.adapters.targets import dense_weight
 from flora_train.config.errors import Problem, UserError, user_error
+from flora_train.export.gate_members import ModuleValues, copy_members, gates_among, values_from_peft
 from flora_train.export.label_names import read_labels
 from flora_train.export.low_rank import modulation, relative_norm
 from flora_train.export.peft_format import peft_config
@@ -51,17 +52,19 @@ Result = TypeVar("Result")
 
 @torch.no_grad()
 def init_from_peft(bank: AdapterBank, adapters: Iterable[int]) -> None:
-    """Copy into each of these adapters the PEFT adapter that its `init_from` names; adapters without one are
-    unchanged.
+    """Copy into each of these adapters the PEFT adapter that its `init_from` names, and into gates the
+    adapters that they choose from; others are unchanged.
 
     Raises UserError with the problems of all adapters (another PEFT type, rank, scale or other layers) before
     any adapter changes. Collective: the base model may be sharded.
     """
+    adapters = list(adapters)
     every = [bank.specs[adapter] for adapter in adapters]
     specs = [spec for spec in every if not spec.is_routed]
     routed = on_every_process(
         lambda: _for_each([spec for spec in every if spec.is_routed], partial(_read_routed, bank))
     )
+    members = on_every_process(lambda: _read_members(bank, gates_among(bank, adapters)))
     peft_adapters = on_every_process(
         lambda: _for_each(
             [spec for spec in specs if spec.method != "head"],
@@ -84,9 +87,10 @@ def init_from_peft(bank: AdapterBank, adapters: Iterable[int]) -> None:
                 view.copy_(values[f"{module}.{param}"])
     for name, head in heads.items():
         _copy_head(bank, name, head)
-    for name, (parameters, head) in routed.items():
+    for name, (parameters, own_head) in routed.items():
         copy_values(bank.parameters_of(name), parameters)
-        _copy_head(bank, name, head)
+        _copy_head(bank, name, own_head)
+    _copy_members(bank, gates_among(bank, adapters), members)
 
 
 def _read_routed(
@@ -97,6 +101,45 @@ def _read_routed(
     theirs = read_source(source, key)
     pool, _ = bank.location[bank.id_of(spec.name)]
     return values_of(pool, spec, theirs, key), _matching_head(spec, source, theirs.head, key)
+
+
+def _read_members(bank: AdapterBank, gates: Iterable[int]) -> dict[str, PeftAdapter]:
+    """Source -> the PEFT adapter, of the members of these gates that are not adapters of the bank. Raises
+    UserError with all problems."""
+    adapters: dict[str, PeftAdapter] = {}
+    problems: list[Problem] = []
+    for adapter in gates:
+        for _, source, key in _sources_of(bank, adapter):
+            if source in bank.ids or source in adapters:
+                continue
+            try:
+                adapters[source] = read_peft(source, key)
+            except UserError as error:
+                problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return adapters
+
+
+def _copy_members(bank: AdapterBank, gates: Iterable[int], read: Mapping[str, PeftAdapter]) -> None:
+    on_base: dict[str, PeftAdapter] = {}
+    for adapter in gates:
+        values: dict[str, ModuleValues] = {}
+        for member, source, key in _sources_of(bank, adapter):
+            if source not in read:
+                values[member.name] = bank.parameters_of(source)
+                continue
+            if source not in on_base:
+                on_base[source] = on_base_of(bank, read[source], source, key=key)
+            values[member.name] = values_from_peft(bank, adapter, member, on_base[source], key=key)
+        copy_members(bank, adapter, values)
+
+
+def _sources_of(bank: AdapterBank, adapter: int) -> list[tuple[AdapterSpec, str, str]]:
+    """(member, its entry in `over`, key) of each member of a gate."""
+    spec = bank.specs[adapter]
+    assert spec.gate is not None
+    return [(member, str(member.init_from), f"adapters.{spec.family}.over") for member in spec.gate.members]
 
 
 def _copy_head(bank: AdapterBank, name: str, head: Mapping[str, Tensor]) -> None:

@@ -29,6 +29,7 @@ from flora_train.runtime.signals import Interrupted, StopSignals
 from flora_train.training.choice_scores import ChoiceScores, score_choices
 from flora_train.training.context import TrainingContext
 from flora_train.training.fsdp import run_dummy_frozen_pass, run_dummy_passes
+from flora_train.training.gate_goals import GateGoals
 from flora_train.training.heldout import HeldOut, evaluate_heldout, heldout_metrics
 from flora_train.training.label_loss import LabelLosses
 from flora_train.training.loss import RowLosses
@@ -56,6 +57,7 @@ class Trainer(ResumableTraining):
         self.row_losses = RowLosses(self.model, self.timer, labels=LabelLosses(self.bank, self.tasks))
         self.task_of = [self.tasks[spec.task] for spec in self.bank.specs]
         """The task of each adapter."""
+        self.gate_goals = GateGoals(self.bank, self.tasks)
         self.microbatch_loss = MicrobatchLoss(self.tasks, context.references)
         packed = [name for name, task in self.tasks.items() if task.train.is_packed]
         if packed:
@@ -187,7 +189,8 @@ class Trainer(ResumableTraining):
         noise = [self.noise(number, row) for row in learnt]
         draws = [plan.draw_of(row) for row in learnt]
         lengths = [row.tokens for row in learnt]
-        self.bank.route(batch.adapter_ids, noise, draws, lengths)
+        goals = [self.gate_goals.of_row(row, plan) for row in learnt]
+        self.bank.route(batch.adapter_ids, noise, draws, lengths, goals=goals)
         outputs = self.row_losses.outputs(batch)
         return RowNats(learnt, outputs.nats, outputs.embeddings)
 

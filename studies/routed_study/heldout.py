@@ -70,7 +70,9 @@ def one_task(context: RunContext) -> Sequence[str]:
     """The name of the run's only task. Raises StudyError if there are others."""
     names = list(context.tasks)
     if len(names) != 1:
-        raise StudyError(f"the run has {len(names)} tasks, and this study is of one task of several languages")
+        raise StudyError(
+            f"the run has {len(names)} tasks, and this study is of one task of several languages"
+        )
     return names
 
 

@@ -64,7 +64,5 @@ def test_the_balance_loss_reaches_the_routers_of_the_loop(bank: AdapterBank) -> 
     loop.rows.begin([(0, 0, 2)])
     loop.model(ids)
     loop.balance_loss(0).backward()
-    gradients = [
-        layer["router"].grad for layer in loop.adapters[0].parameters.values() if "router" in layer
-    ]
+    gradients = [layer["router"].grad for layer in loop.adapters[0].parameters.values() if "router" in layer]
     assert all(gradient is not None and float(gradient.abs().max()) > 0 for gradient in gradients)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flora_train.adapters.spec import Experts
 from flora_train.kernels.expert_pairs import UNUSED
 from flora_train.kernels.segments import Segments
+
+
+class SlotRule(Protocol):
+    """How many experts a token is sent to. `Experts` and `Gate` are such rules."""
+
+    @property
+    def top_k(self) -> int: ...
+
+    @property
+    def top_p(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ def router_logits(tokens: Tensor, routers: Tensor, segments: Segments) -> Tensor
         return torch.cat([F.linear(part, router) for part, router in zip(parts, of_adapters, strict=True)])
 
 
-def choose(logits: Tensor, experts: Experts) -> Choice:
+def choose(logits: Tensor, experts: SlotRule) -> Choice:
     """The top_k experts of each token; of equal ones the first.
 
     Their weights are their probabilities divided by the sum of these. With top_k = 1 the weight is 1, whose

@@ -18,11 +18,12 @@ from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.methods import Params, Site
 from flora_train.adapters.methods.mixlora import ROUTER, expert_method
 from flora_train.adapters.pool import Pool
-from flora_train.adapters.routed.balance import real_tokens, with_balance
+from flora_train.adapters.routed.balance import with_balance
 from flora_train.adapters.routed.blocks import FeedForwardBlock, hidden_states
 from flora_train.adapters.routed.choice import Choice, choose, router_logits
 from flora_train.adapters.routed.few_tokens import add_experts, input_layer
 from flora_train.adapters.routed.jitter import jittered
+from flora_train.adapters.routed.recording import record_choice
 from flora_train.adapters.routing import BatchRouting, Routing, Span
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.kernels.autocast import linear_dtype
@@ -112,7 +113,14 @@ class ExpertBlock:
         routers = span.gather(self.block.name)[ROUTER]
         read = jittered(x, self.block.name, routing, span, tokens_per_row=tokens_per_row)
         choice = choose(router_logits(read, routers, segments), experts)
-        self._record(choice, routing, span, tokens_per_row=tokens_per_row)
+        record_choice(
+            self.router.recorder,
+            choice,
+            self.block.name,
+            routing=routing,
+            span=span,
+            tokens_per_row=tokens_per_row,
+        )
         is_few = not torch.is_grad_enabled() and choice.experts.numel() <= FEW_PAIRS
         if is_few and len(span.specs) == 1 and experts.method == "lora" and experts.top_p == 1.0:
             return self._run_few(span, x, choice)
@@ -147,20 +155,6 @@ class ExpertBlock:
             y = add_experts(y, hidden, stacks, experts, scaling)
         slots = y.view(len(x), -1, y.shape[1])
         return torch.bmm(choice.weights.to(y.dtype)[:, None], slots)[:, 0]
-
-    @torch.no_grad()
-    def _record(self, choice: Choice, routing: Routing, span: Span, *, tokens_per_row: int) -> None:
-        if self.router.recorder is None:
-            return
-        real = real_tokens(routing, span, tokens_per_row, choice.experts.device)
-        for k, first, end in span.segments.scaled(tokens_per_row):
-            part = slice(first, end)
-            experts, probabilities = choice.experts[part], choice.probabilities[part]
-            if real is not None:
-                experts, probabilities = experts[real[part]], probabilities[real[part]]
-            self.router.recorder.add(
-                span.specs[k], self.block.name, experts=experts, probabilities=probabilities
-            )
 
 
 class _Experts:

@@ -41,7 +41,10 @@ def heldout() -> Heldout:
     nats = {
         "base": {"base": (lora + sizes) * np.log(2)},
         "lora": {"m-lora_1": lora * np.log(2), "m-lora_2": lora * np.log(2)},
-        "mixlora": {"m-mix_1": (better - 0.1 * sizes) * np.log(2), "m-mix_2": (better + 0.1 * sizes) * np.log(2)},
+        "mixlora": {
+            "m-mix_1": (better - 0.1 * sizes) * np.log(2),
+            "m-mix_2": (better + 0.1 * sizes) * np.log(2),
+        },
     }
     return Heldout(LANGUAGES, sizes, nats, {"base": 0, "lora": 1234, "mixlora": 1300})
 
