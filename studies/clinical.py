@@ -5,6 +5,7 @@
     python studies/clinical.py full                 full fine-tuning of the encoder with transformers
     python studies/clinical.py adapters RUN         the adapters of a run; --plain-peft loads its exports
     python studies/clinical.py table [RUN] --save   the table; writes benchmarks/results/clinical_cpu.md
+                                                    (--result FILE: of the methods that have run here)
     python studies/clinical.py development          settings of the first three on the development texts
 
 Predictions are kept in outputs/clinical_study, so that what is there already is not computed again. No text
@@ -77,15 +78,17 @@ def heading(study: Study) -> Iterator[str]:
     yield ""
 
 
-def write_table(tasks: list[StudyTask], predictions: Predictions, run: Path | None, save: bool) -> None:
-    """Print the table, and write it with `save`."""
+def write_table(
+    tasks: list[StudyTask], predictions: Predictions, run: Path | None, result: Path | None
+) -> None:
+    """Print the table, and write it to `result`."""
     scores = {task.key: task_scores(task, predictions) for task in tasks}
     report = read_run(run) if run is not None else None
     study = Study(tasks, scores, report)
     text = "\n".join([*heading(study), *write_study(study)]) + "\n"
     print(text)
-    if save:
-        RESULT.write_text(text, encoding="utf-8")
+    if result is not None:
+        result.write_text(text, encoding="utf-8")
 
 
 def run_command(options: argparse.Namespace) -> None:
@@ -110,7 +113,7 @@ def run_command(options: argparse.Namespace) -> None:
         encoder = Encoder(options.model)
         predict_all(options.run, tasks, encoder, predictions, plain_peft=options.plain_peft)
     else:
-        write_table(tasks, predictions, options.run, options.save)
+        write_table(tasks, predictions, options.run, options.result if options.save else None)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -133,7 +136,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     adapters.add_argument("--plain-peft", action="store_true", help="load the exported adapters (slow)")
     table = commands.add_parser("table", parents=[common])
     table.add_argument("run", type=Path, nargs="?")
-    table.add_argument("--save", action="store_true", help=f"write {RESULT.relative_to(ROOT)}")
+    table.add_argument("--save", action="store_true", help="write the result")
+    table.add_argument("--result", type=Path, default=RESULT, help="the file (default: %(default)s)")
     return parser.parse_args(arguments)
 
 

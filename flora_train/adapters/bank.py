@@ -19,7 +19,7 @@ from flora_train.adapters.paging import Pager, Paging
 from flora_train.adapters.pool import Pool, build_pools
 from flora_train.adapters.routed.blocks import feedforward_blocks
 from flora_train.adapters.routed.feedforward import ExpertBlock
-from flora_train.adapters.routing import BatchRouting, RowDraw, RowNoise, build_routing
+from flora_train.adapters.routing import BatchRouting, RowDraw, RowGoal, RowNoise, build_routing
 from flora_train.adapters.spec import BASE, BASE_ID, AdapterSpec
 from flora_train.adapters.targets import check_base, linear_layers
 from flora_train.config.errors import choices, did_you_mean, user_error
@@ -140,6 +140,8 @@ class AdapterBank:
         noise: Sequence[RowNoise | None] | None = None,
         draws: Sequence[RowDraw | None] | None = None,
         lengths: Sequence[int] | None = None,
+        *,
+        goals: Sequence[RowGoal | None] | None = None,
     ) -> None:
         """Set which adapter each row of the next batch uses. The routing stays until the next call.
 
@@ -150,6 +152,8 @@ class AdapterBank:
             draws: The draw of each row, for routed adapters. Default: the load of their experts is not
                 balanced.
             lengths: Tokens of each row without padding, for routed adapters. Default: no row is padded.
+            goals: The members that the gates of each row are to choose. Default: gates have no loss of their
+                own.
 
         Raises:
             UserError: An adapter name or id is unknown.
@@ -161,7 +165,9 @@ class AdapterBank:
                 raise user_error("adapter_ids", adapter, hint)
         if self.pager is not None:
             self.pager.load({i for i in ids if i != BASE_ID})
-        routing = build_routing(ids, self.location, self.device, noise=noise, draws=draws, lengths=lengths)
+        routing = build_routing(
+            ids, self.location, self.device, noise=noise, draws=draws, lengths=lengths, goals=goals
+        )
         self.router.set(routing)
 
     def _ids_of(self, adapters: Tensor | Sequence[int] | Sequence[str]) -> list[int]:
@@ -170,16 +176,19 @@ class AdapterBank:
         return [self.id_of(adapter) if isinstance(adapter, str) else adapter for adapter in adapters]
 
     @contextmanager
-    def routed(self, adapters: Tensor | Sequence[int] | Sequence[str]) -> Iterator[None]:
+    def routed(
+        self, adapters: Tensor | Sequence[int] | Sequence[str], lengths: Sequence[int] | None = None
+    ) -> Iterator[None]:
         """`route` for forward passes without a backward; afterwards the model is the plain base model again.
 
         Args:
             adapters: [B], as in `route`.
+            lengths: As in `route`.
 
         Raises:
             UserError: An adapter name or id is unknown.
         """
-        self.route(adapters)
+        self.route(adapters, lengths=lengths)
         try:
             yield
         finally:

@@ -34,8 +34,10 @@ class MergedWeights:
 
 def mergeable_modules(bank: AdapterBank, adapter: int) -> list[str]:
     """The targets of an adapter whose weight is dense, whole and in float32: neither quantized, sharded or
-    offloaded, nor of a class whose forward is unknown."""
+    offloaded, nor of a class whose forward is unknown. None of a routed adapter."""
     pool, _ = bank.location[adapter]
+    if not pool.method.merges:
+        return []
     if _is_sharded(bank.model) or torch.is_autocast_enabled(bank.device.type):
         return []
     return [module for module in pool.targets if _is_mergeable(adapted_layer(bank, module), bank.device)]

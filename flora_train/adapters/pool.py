@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -73,6 +74,8 @@ class Pool:
         """Module -> parameter -> its offset in the row, and its shape."""
         self.head_layout: dict[str, tuple[int, tuple[int, ...]]] = {}
         """Parameter of the head -> its offset in the row, and its shape."""
+        self.frozen = self.method.frozen_parameters(specs[0])
+        """Parameters of the layers that are not trained: they get no gradient, and no update."""
         self._rate_columns: Tensor | None = None
         self.row_size = 0
         for name, target in targets.items():
@@ -102,11 +105,11 @@ class Pool:
         return PLANES + self.has_averages
 
     def rate_columns(self, device: torch.device) -> Tensor:
-        """uint8 [P]: which learning rate a number of a row has. 0: lr; 1: lr_ratio x lr; 2: head_lr."""
+        """uint8 [P]: which learning rate a number has. 0: lr; 1: second_lr_ratio x lr; 2: head_lr."""
         if self._rate_columns is None or self._rate_columns.device != device:
             columns = torch.zeros(self.row_size, dtype=torch.uint8)
             for layout in self.layout.values():
-                for param in self.method.lr_ratio_parameters & layout.keys():
+                for param in (self.frozen or self.method.lr_ratio_parameters) & layout.keys():
                     start, shape = layout[param]
                     columns[start : start + prod(shape)] = 1
             columns[self.head_start :] = 2
@@ -190,9 +193,23 @@ class Pool:
         return {p: GatherRows.apply(leaf, gradients[p], slots) for p, leaf in self._head_leaves.items()}
 
     def gather(self, module: str, slots: Tensor) -> dict[str, Tensor]:
-        """Parameter -> [K, ...] for the adapters in `slots` [K], differentiable into `gradients`."""
+        """Parameter -> [K, ...] for the adapters in `slots` [K], differentiable into `gradients` unless the
+        parameter is frozen."""
         gradients = self._leaf_gradients[module]
-        return {p: GatherRows.apply(leaf, gradients[p], slots) for p, leaf in self._leaves[module].items()}
+        params: dict[str, Tensor] = {}
+        for p, leaf in self._leaves[module].items():
+            if p not in self.frozen:
+                params[p] = GatherRows.apply(leaf, gradients[p], slots)
+            elif len(leaf) == len(slots) == 1:
+                params[p] = leaf.detach()  # not copied
+            else:
+                params[p] = leaf.detach().index_select(0, slots)
+        return params
+
+    def views(self, module: str, slots: slice) -> dict[str, Tensor]:
+        """Parameter -> [K, ...] for the adapters in consecutive rows, without a copy and without
+        gradients."""
+        return {p: leaf.detach()[slots] for p, leaf in self._leaves[module].items()}
 
     def _views(self, storage: Tensor, module: str, leaf: bool = False) -> dict[str, Tensor]:
         return self._views_of(storage, self.layout[module], leaf)
@@ -222,7 +239,8 @@ def pool_key(spec: AdapterSpec) -> tuple[object, ...]:
     ranks = spec.rank, spec.rank_pattern
     layers = spec.exclude_modules, spec.layers_to_transform, spec.layers_pattern, spec.parent_module
     shapes = spec.target_modules, spec.feedforward_modules, *layers, spec.head
-    return spec.method, ranks, *shapes, spec.experts
+    gate = None if spec.gate is None else replace(spec.gate, loss=0.0)  # a row has its own goal
+    return spec.method, ranks, *shapes, spec.experts, gate
 
 
 def build_pools(

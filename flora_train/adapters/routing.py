@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flora_train.adapters.pool import Pool
@@ -30,6 +32,17 @@ class Span:
     """LongTensor [K]: the adapters' rows in the pool."""
     specs: tuple[AdapterSpec, ...] = ()
     """The K adapters."""
+    slot_range: slice | None = None
+    """The same rows as `slots`, where they are consecutive."""
+
+    def gather(self, module: str) -> dict[str, Tensor]:
+        """Parameter -> [K, ...] of a module for the adapters of this span, differentiable into the pool's
+        gradients."""
+        assert self.pool is not None
+        assert self.slots is not None
+        if self.slot_range is not None and not torch.is_grad_enabled():
+            return self.pool.views(module, self.slot_range)
+        return self.pool.gather(module, self.slots)
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,17 @@ class RowDraw:
     """Tells the draws of an adapter in one step apart."""
     share: float
     """1 / draws of the row's adapter in the whole step, on all processes."""
+
+
+@dataclass(frozen=True)
+class RowGoal:
+    """What the gates of a row are to choose in training."""
+
+    members: NDArray[np.int64]
+    """int64 [tokens]: the member that each position is to choose, -1 for none."""
+    share: float
+    """Coefficient of a token's cross-entropy, the mean over layers, in the adapter's loss: gate_loss / learnt
+    tokens of the row's adapter in the whole step, on all processes."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +128,19 @@ class Routing:
     """The draw of each row, in grouped order. None: no load is balanced."""
     lengths: tuple[int, ...] | None = None
     """Tokens of each row without padding, in grouped order. None: no row is padded."""
-    loads: dict[object, Any] = field(default_factory=dict, repr=False)
+    goals: tuple[RowGoal | None, ...] | None = None
+    """What the gates of each row are to choose, in grouped order. None: gates have no loss of their own."""
+    loads: dict[object, object] = field(default_factory=dict, repr=False)
     """What the routers of a forward pass recorded of their load, for the backward."""
     merged: Mapping[str, MergedLayer] | None = None
     """Module name -> its layer with the only adapter of these rows merged, for forwards without gradients."""
     _by_pools: dict[frozenset[int], tuple[Span, ...]] = field(default_factory=dict, repr=False)
+
+    @property
+    def only_span(self) -> Span | None:
+        """The span of all rows, if they have one adapter; else None."""
+        first = self.spans[0]
+        return first if len(self.spans) == 1 and len(first.specs) == 1 else None
 
     def spans_for(self, pools: frozenset[int]) -> tuple[Span, ...]:
         """The spans for a layer that only the pools with these ids target; all other rows run the base
@@ -145,6 +177,7 @@ class Routing:
             noise=chosen(self.noise),
             draws=chosen(self.draws),
             lengths=chosen(self.lengths),
+            goals=chosen(self.goals),
             loads=self.loads,
         )
         return torch.tensor(positions), rest
@@ -256,9 +289,10 @@ def build_routing(
     noise: Sequence[RowNoise | None] | None = None,
     draws: Sequence[RowDraw | None] | None = None,
     lengths: Sequence[int] | None = None,
+    goals: Sequence[RowGoal | None] | None = None,
 ) -> Routing:
     """The routing for one adapter id per row (-1: base model); `location[id]` is its pool and its position
-    there. noise, draws, lengths: of each row."""
+    there. noise, draws, lengths, goals: of each row."""
     order = sorted(range(len(ids)), key=lambda row: ids[row])
     runs = _runs([ids[row] for row in order])
 
@@ -275,9 +309,12 @@ def build_routing(
             spans.append(Span(None, start, end, segments))
             continue
         positions = [location[adapter][1] for adapter, _, _ in members]
-        slots = torch.tensor([pool.slot_of[position] for position in positions], device=device)
+        slots = [pool.slot_of[position] for position in positions]
+        first, last = slots[0], slots[-1]
+        slot_range = slice(first, last + 1) if slots == list(range(first, last + 1)) else None
         specs = tuple(pool.specs[position] for position in positions)
-        spans.append(Span(pool, start, end, segments, slots, specs))
+        index = torch.tensor(slots, device=device)
+        spans.append(Span(pool, start, end, segments, index, specs, slot_range))
     grouped_noise = None if noise is None else tuple(noise[row] for row in order)
     on_embeddings = _embedding_noise(ids, location, noise or ())
     routing = Routing(
@@ -287,6 +324,7 @@ def build_routing(
         embedding_noise=on_embeddings,
         draws=None if draws is None else tuple(draws[row] for row in order),
         lengths=None if lengths is None else tuple(lengths[row] for row in order),
+        goals=None if goals is None else tuple(goals[row] for row in order),
     )
     if order == list(range(len(ids))):
         return routing

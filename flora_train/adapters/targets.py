@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from flora_train.adapters.methods import Target
+from flora_train.adapters.methods import Target, TargetMember
 from flora_train.adapters.routed.blocks import with_blocks
-from flora_train.adapters.spec import AdapterSpec
+from flora_train.adapters.spec import AdapterSpec, Gate
 from flora_train.adapters.target_groups import GROUPS, QUERY_KEY, query_key_layers
 from flora_train.adapters.target_limits import limited
 from flora_train.config.errors import choices, did_you_mean, user_error
@@ -93,6 +93,8 @@ def find_targets(
     """
     if spec.method == "head":
         return {}
+    if spec.gate is not None:
+        return _layers_of_members(model, spec.gate, unusable)
     key = f"adapters.{spec.family}"
     selected = _select(model, spec, unusable)
     reason = next((reason for name, reason in unusable.items() if name in selected), None)
@@ -122,6 +124,19 @@ def find_targets(
         if ends_with(name, suffixes):
             selected[name] = replace(target, feedforward=True)
     return selected
+
+
+def _layers_of_members(model: nn.Module, gate: Gate, unusable: Mapping[str, str]) -> dict[str, Target]:
+    """The layers that some member of a gate adapts, with these members."""
+    members: dict[str, list[TargetMember]] = {}
+    for number, member in enumerate(gate.members):
+        for name, target in find_targets(model, member, unusable).items():
+            members.setdefault(name, []).append(TargetMember(number, target.feedforward))
+    return {
+        name: replace(target, members=tuple(members[name]))
+        for name, target in linear_layers(model).items()
+        if name in members
+    }
 
 
 def _select(model: nn.Module, spec: AdapterSpec, unusable: Mapping[str, str]) -> dict[str, Target]:

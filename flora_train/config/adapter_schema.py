@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from flora_train.config.base import MOST_STEPS, ConfigModel, Name, PathText, Text
+from flora_train.config.member_schema import MemberConfig, check_distinct
 from flora_train.config.name_patterns import (
     MOST_LAYERS,
     Regex,
@@ -36,9 +37,13 @@ class AdapterConfig(ConfigModel):
     Default: lora."""
     experts: int | None = Field(None, ge=1, le=1024)
     """mixlora and switch: number of experts. Default: 8."""
-    over: Annotated[list[PathText], Field(min_length=1)] | None = None
-    """meteora: the adapters that the gate chooses from: folders of PEFT adapters, or names of adapters of
-    this run that are trained already."""
+    over: Annotated[list[PathText], Field(min_length=1, max_length=1024)] | None = Field(
+        None, validate_default=True
+    )
+    """meteora: the adapters that the gate chooses from: folders of PEFT adapters (LORA, IA3, or HIRA of
+    fLoRA) or their names on the hub, or names of adapters of this run that are trained already, in a finished
+    run that is extended. Their ranks and layers may differ: on a layer that one of them does not adapt, it
+    adds nothing."""
     top_k: int | None = Field(None, ge=1, le=1024)
     """mixlora, meteora and switch: number of experts that a token is sent to. Their weights are their
     probabilities, divided by the sum of these. Default: 2, or 1 where there is only one."""
@@ -52,9 +57,11 @@ class AdapterConfig(ConfigModel):
     and 1 + jitter. Default: 0."""
     gate_loss: float | None = Field(None, ge=0, le=1_000_000)
     """meteora: coefficient of the cross-entropy between the gate and the member that tasks.*.task_id names
-    for a row. Default: 1 for tasks with task_id, 0 for others."""
+    for a row, the mean over layers and learnt tokens. Default: 1 for tasks with task_id, 0 for others."""
     train_members: bool | None = None
     """meteora: also train the adapters that the gate chooses from, as copies. Default: false."""
+    members: list[MemberConfig] | None = None
+    """meteora: what the adapters in over are. Set by the program, from their files."""
     rank: Rank | None = None
     """Rank of B A, for flora, lora and dora. Default: 4 for flora, 8 for lora and dora; with init_from, that
     of the PEFT adapter."""
@@ -86,7 +93,8 @@ class AdapterConfig(ConfigModel):
     method."""
     lr_ratio: float | None = Field(None, gt=0, le=1_000_000)
     """flora, lora and dora: the learning rate of B (and, as in PEFT, of dora's norms) is lr_ratio x lr, that
-    of A is lr (LoRA+, Hayou et al. 2024, who recommend 16 for lora). Default: 1."""
+    of A is lr (LoRA+, Hayou et al. 2024, who recommend 16 for lora). meteora: with train_members, of the B of
+    its members. Default: 1."""
     head_lr: float | None = Field(None, gt=0, le=1e30)
     """Tasks with labels: peak learning rate of the head, which follows the same schedule. Default: lr."""
     weight_decay: float = Field(0.0, ge=0, le=10_000)
@@ -147,10 +155,11 @@ class AdapterConfig(ConfigModel):
     made from it. Default: all tasks."""
     init_from: PathText | None = None
     """Start from the parameters of a PEFT adapter (LORA, IA3, or HIRA for flora) instead of the identity: its
-    folder, or its name on the hub. A residual flora can also start close to a LORA. {task} in it stands for
-    the name of the task, as in outputs/before/adapters/{task}-lora. rank, alpha, their patterns, rslora,
-    variant, target_modules and feedforward_modules are read from its adapter_config.json where they are not
-    given. With evaluation.interval, step 0 is evaluated. Default: the identity."""
+    folder, or its name on the hub. A residual flora can also start close to a LORA; a mixlora starts from the
+    folder of an exported one, or from one in MixLoRA's published layout. {task} in it stands for the name of
+    the task, as in outputs/before/adapters/{task}-lora. rank, alpha, their patterns, rslora, variant, expert,
+    experts, top_k, target_modules and feedforward_modules are read from its files where they are not given.
+    With evaluation.interval, step 0 is evaluated. Default: the identity."""
     seed: int | None = Field(None, ge=0, le=2**63 - 1)
     """Seed of this adapter's initialization, dropout and NEFTune noise; the examples and their order are
     those of the run's seed. A list of seeds makes an adapter for each, and the report gives mean and standard
@@ -172,6 +181,7 @@ class AdapterConfig(ConfigModel):
         "jitter",
         "gate_loss",
         "train_members",
+        "members",
         "rank",
         "rank_pattern",
         "variant",
@@ -205,6 +215,36 @@ class AdapterConfig(ConfigModel):
         if experts and top_k > experts:
             raise ValueError(f"is more than the {experts} {key}: lower it")
         return top_k
+
+    @field_validator("over")
+    @classmethod
+    def _a_gate_has_members(cls, over: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        if over is None and info.data.get("method") == "meteora":
+            raise ValueError("is required by method meteora: list the adapters that its gate chooses from")
+        check_distinct(over or ())
+        return over
+
+    @field_validator("lr_ratio")
+    @classmethod
+    def _frozen_members_have_no_rate(cls, ratio: float | None, info: ValidationInfo) -> float | None:
+        if ratio is not None and info.data.get("method") == "meteora" and not info.data.get("train_members"):
+            raise ValueError("requires train_members: set it to true, or remove this key")
+        return ratio
+
+    @field_validator(
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "parent_module",
+        "init_from",
+    )
+    @classmethod
+    def _layers_of_members(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("method") == "meteora" and value not in (None, "default"):
+            hint = "has no meaning for method meteora, whose layers and initial values are those of the "
+            raise ValueError(f"{hint}adapters in over: remove it")
+        return value
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
@@ -291,6 +331,24 @@ class AdapterConfig(ConfigModel):
             raise ValueError(f"and warmup_steps = {steps} both set the warm-up: remove one of them")
         return warmup_ratio
 
+    @field_validator("init_from")
+    @classmethod
+    def _begins_with_experts(cls, init_from: str | None, info: ValidationInfo) -> str | None:
+        method = info.data.get("method")
+        if init_from is not None and method in ROUTED:
+            hint = (
+                f"has no meaning for method {method}, because a PEFT adapter has neither router nor experts"
+            )
+            if method == "meteora":
+                hint += " (over names the adapters that its gate chooses from)"
+            raise ValueError(f"{hint}: remove it")
+        return init_from
+
+    @property
+    def balances_load(self) -> bool:
+        """Whether the load of its experts is balanced, which couples the rows of a draw."""
+        return self.method in ("mixlora", "switch") and self.balance_loss != 0
+
     @property
     def is_random(self) -> bool:
         """Whether its seed changes anything but a head."""
@@ -321,6 +379,7 @@ OWNERS = {
     "jitter": ("mixlora", "switch"),
     "gate_loss": ("meteora",),
     "train_members": ("meteora",),
+    "members": ("meteora",),
     "rank": ("flora", "lora", "dora", "mixlora", "switch"),
     "rank_pattern": ("flora", "lora", "dora"),
     "variant": ("flora",),
@@ -343,6 +402,7 @@ EXPERT_OWNERS = {
 DEFAULT_EXPERTS = 8
 DEFAULT_TOP_K = 2
 DEFAULT_BALANCE_LOSS = 0.01
+DEFAULT_GATE_LOSS = 1.0
 
 
 def listed(names: Sequence[str]) -> str:

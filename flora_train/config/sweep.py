@@ -44,6 +44,8 @@ LISTS = (
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
+    "over",
+    "members",
 )
 """Keys whose value is a list."""
 

@@ -25,6 +25,7 @@ from flora_train.adapters.methods import METHODS
 from flora_train.adapters.peft_config import PeftConfig
 from flora_train.adapters.peft_tensors import PREFIX, suffixes_of
 from flora_train.adapters.pool import Pool
+from flora_train.adapters.routed.parts import distinct_parts, parts_of
 from flora_train.adapters.spec import AdapterSpec, HeadShape
 from flora_train.config.errors import first_line, user_error
 from flora_train.export.peft_forms import (
@@ -257,10 +258,21 @@ def notes(model: nn.Module, pools: Iterable[Pool]) -> Iterator[str]:
     noted = set()
     for pool in pools:
         for spec in {spec.family: spec for spec in pool.specs}.values():
-            written = checks.written(pool.targets, spec, pool.head)
-            if spec.family not in noted and (written.problem or written.avoided):
-                noted.add(spec.family)
-                yield _note(spec.family, written)
+            for layers, plain, head in _plain_adapters(pool, spec):
+                written = checks.written(layers, plain, head)
+                if spec.family not in noted and (written.problem or written.avoided):
+                    noted.add(spec.family)
+                    yield _note(spec.family, written)
+
+
+def _plain_adapters(pool: Pool, spec: AdapterSpec) -> Iterator[tuple[Layers, AdapterSpec, Head | None]]:
+    """Layers, settings and head of what is exported of an adapter as PEFT folders of its own: of a routed one
+    one part of each kind."""
+    if not spec.is_routed:
+        yield pool.targets, spec, pool.head
+        return
+    for part in distinct_parts(parts_of(pool, spec)):
+        yield part.targets, part.spec, None
 
 
 def log_notes(model: nn.Module, pools: Iterable[Pool]) -> None:

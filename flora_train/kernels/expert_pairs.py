@@ -32,6 +32,9 @@ class Pairs:
     """K E segments of P pairs: expert e of adapter k is segment k E + e. Some are empty."""
     all_used: bool
     """Whether every slot is used, so that P = T k."""
+    stacks: Tensor | None = None
+    """int64 [P]: where every pair is a segment of its own, the expert of each, k E + e. None: segment i is
+    expert i."""
 
     @property
     def count(self) -> int:
@@ -70,6 +73,24 @@ def group_pairs(experts: Tensor, segments: Segments, count: int) -> Pairs:
         segments=Segments(tuple(bounds)),
         all_used=counts[groups] == 0,
     )
+
+
+def pairs_in_order(experts: Tensor, segments: Segments, count: int) -> Pairs:
+    """The pairs of few tokens in the order of the tokens, each a segment of its own: without sorting, and
+    without waiting for the device. Unused slots are pairs, too, with any expert; their weight is 0.
+
+    Args and fields as in `group_pairs`.
+    """
+    slots = experts.shape[1]
+    stacks = experts.clamp_min(0)
+    if len(segments) > 1:
+        first = torch.tensor([k * count for k in range(len(segments))], device=experts.device)
+        lengths = torch.tensor(segments.lengths, device=experts.device)
+        stacks = stacks + first.repeat_interleave(lengths)[:, None]
+    position = torch.arange(experts.numel(), device=experts.device).view(-1, slots)
+    tokens = position.div(slots, rounding_mode="floor").flatten()
+    alone = Segments(tuple(range(experts.numel() + 1)))
+    return Pairs(tokens, position, alone, all_used=True, stacks=stacks.flatten())
 
 
 class GatherPairs(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flora_train.adapters.pool import Pool
+from flora_train.adapters.routed.blocks import FeedForwardBlock, feedforward_blocks
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import Target, linear_layers
 from flora_train.config.errors import first_line, user_error
@@ -21,6 +22,7 @@ from flora_train.models.loading import build_model, disable_dropout, load_model_
 from flora_train.models.probe_inputs import feature_shape
 from flora_train.models.speech_encoder import is_speech_model
 from flora_train.training.fsdp import layers_of
+from flora_train.training.planned_experts import ExpertShare, PlannedBlock
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,8 @@ class _PlannedLinear(nn.Module):
         self.base, self.features = base, features
         self.in_features, self.out_features = target.in_features, target.out_features
         self.parameter = nn.Parameter(torch.zeros(1))
+        self.flops = 0
+        """Floating point operations of the layer so far."""
 
     @property
     def weight(self) -> Tensor:
@@ -155,41 +159,85 @@ class _PlannedLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.adapted(x, self.features)
+
+    def adapted(self, x: Tensor, features: int | None, repeats: int = 1) -> Tensor:
+        """The layer with adapters that keep `features` numbers for each token; the base computes x, and its
+        output is used `repeats` times."""
+        self.flops += 2 * x.numel() * self.out_features
         y = self.base(x)
-        if self.features is None:
+        if repeats > 1:
+            x, y = x.repeat(repeats, 1), y.repeat(repeats, 1)
+        if features is None:
             return y
-        return _KeepsAsAdapter.apply(x, y, self.parameter, self.features)
+        return _KeepsAsAdapter.apply(x, y, self.parameter, features)
 
 
 def _replace_layers(model: Any, pools: Sequence[Pool], batch: BatchShape, *, keeps_inputs: bool) -> None:
     """keeps_inputs: a layer without adapters keeps its input, too, as bitsandbytes' 8-bit layers do."""
     adapters = sum(len(pool.specs) for pool in pools)
-    for name, target in linear_layers(model).items():
+    available = linear_layers(model)
+    for name, target in available.items():
         features: float | None = 0 if keeps_inputs else None
         for pool in pools:
-            if name in pool.targets:
+            if name in pool.targets and pool.targets[name].block is None:
                 share = len(pool.specs) / adapters
-                kept = _kept_features(pool.specs[0].at(name), pool.targets[name], batch, dtype=model.dtype)
+                kept = _kept_features(
+                    pool.specs[0].at(name),
+                    pool.targets[name],
+                    batch.rows * batch.length,
+                    segments=batch.rows,
+                    dtype=model.dtype,
+                )
                 features = (features or 0) + share * kept
         parent, _, child = name.rpartition(".")
         layer = model.get_submodule(name)
         whole = None if features is None else round(features)
         setattr(model.get_submodule(parent), child, _PlannedLinear(layer, target, whole))
+    shares = {id(pool): len(pool.specs) / adapters for pool in pools}
+    for name, block in feedforward_blocks(model, available).items():
+        routed = [pool for pool in pools if any(t.block == name for t in pool.targets.values())]
+        if routed:
+            layers = {layer: model.get_submodule(layer) for layer in block.layers}
+            parts = [
+                _expert_share(pool, block, batch, share=shares[id(pool)], dtype=model.dtype)
+                for pool in routed
+            ]
+            PlannedBlock(model.get_submodule(name), block, layers, parts)
 
 
-def _kept_features(spec: AdapterSpec, target: Target, batch: BatchShape, *, dtype: torch.dtype) -> int:
+def _expert_share(
+    pool: Pool, block: FeedForwardBlock, batch: BatchShape, *, share: float, dtype: torch.dtype
+) -> ExpertShare:
+    """The rows that the adapters of a pool have in a block."""
+    experts = pool.specs[0].experts
+    assert experts is not None
+    segments, tokens = batch.rows * experts.count, batch.rows * batch.length * experts.top_k
+    features = {}
+    for name in block.layers:
+        target = pool.targets.get(name)
+        if target is not None and target.block is not None:
+            of_one = pool.specs[0].at(name)
+            features[name] = _kept_features(of_one, target, tokens, segments=segments, dtype=dtype)
+    return ExpertShare(pool, share, features)
+
+
+def _kept_features(
+    spec: AdapterSpec, target: Target, tokens: int, *, segments: int, dtype: torch.dtype
+) -> int:
     """Numbers that an adapter's kernel keeps for a token, beside the layer's input."""
-    if spec.method == "lora":
+    method = spec.layer_method
+    if method == "lora":
         return spec.rank
-    if spec.method == "dora":
+    if method == "dora":
         return spec.rank + target.out_features
-    if spec.method == "ia3":
+    if method == "ia3":
         return 0 if target.feedforward else target.out_features
     work = Work(
         rank=spec.rank,
         residual=bool(spec.offset),
-        tokens=batch.rows * batch.length,
-        segments=batch.rows,
+        tokens=tokens,
+        segments=segments,
         in_features=target.in_features,
         out_features=target.out_features,
         bytes_each=dtype.itemsize,
@@ -238,21 +286,16 @@ def _recorded(model: nn.Module, memory: StepMemory) -> Iterator[None]:
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         record.layer = -1
 
-    def count(module: Any, args: tuple[Any, ...]) -> None:
-        memory.flops += 2 * args[0].numel() * module.out_features
-
     for number, layer in enumerate(layers_of(model)):
         handles.append(layer.register_forward_pre_hook(enter(number), with_kwargs=True))
         handles.append(layer.register_forward_hook(leave))
-    for module in model.modules():
-        if isinstance(module, _PlannedLinear):
-            handles.append(module.register_forward_pre_hook(count))
     try:
         with torch.autograd.graph.saved_tensors_hooks(record.pack, lambda tensor: tensor):
             yield
     finally:
         for handle in handles:
             handle.remove()
+    memory.flops = sum(layer.flops for layer in model.modules() if isinstance(layer, _PlannedLinear))
     memory.kept = sum(record.sizes.values())
     of_layers = {number: size for number, size in record.sizes.items() if number >= 0}
     memory.in_layers = sum(of_layers.values())

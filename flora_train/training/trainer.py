@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from flora_train.adapters.routed.balance import balance_losses
 from flora_train.adapters.routing import RowNoise
 from flora_train.adapters.spec import BASE_ID
 from flora_train.data.batch import MixedBatch, Row, padded_tokens, prefetch, share_of_rank
@@ -28,11 +29,12 @@ from flora_train.runtime.signals import Interrupted, StopSignals
 from flora_train.training.choice_scores import ChoiceScores, score_choices
 from flora_train.training.context import TrainingContext
 from flora_train.training.fsdp import run_dummy_frozen_pass, run_dummy_passes
+from flora_train.training.gate_goals import GateGoals
 from flora_train.training.heldout import HeldOut, evaluate_heldout, heldout_metrics
 from flora_train.training.label_loss import LabelLosses
 from flora_train.training.loss import RowLosses
 from flora_train.training.metrics import MetricLogger, NullMetricLogger, tracker_keys
-from flora_train.training.objectives import MicrobatchLoss, RowNats, StepSums, StepTotals
+from flora_train.training.objectives import BALANCE, MicrobatchLoss, RowNats, StepSums, StepTotals
 from flora_train.training.optimizer import sum_gradients
 from flora_train.training.packing_check import check_packing
 from flora_train.training.pooling import sum_of
@@ -55,6 +57,7 @@ class Trainer(ResumableTraining):
         self.row_losses = RowLosses(self.model, self.timer, labels=LabelLosses(self.bank, self.tasks))
         self.task_of = [self.tasks[spec.task] for spec in self.bank.specs]
         """The task of each adapter."""
+        self.gate_goals = GateGoals(self.bank, self.tasks)
         self.microbatch_loss = MicrobatchLoss(self.tasks, context.references)
         packed = [name for name, task in self.tasks.items() if task.train.is_packed]
         if packed:
@@ -153,9 +156,18 @@ class Trainer(ResumableTraining):
             if frozen is None:
                 run_dummy_frozen_pass(self.row_losses, self.bank, plan.microbatches, i)
             learnt = self.learnt_pass(rows, number, plan)
+            self._count_balance(sums)
             self.microbatch_loss(learnt, frozen, plan=plan, sums=sums).backward()
         run_dummy_passes(self.row_losses, self.bank, plan.microbatches)
         return sums.sums
+
+    def _count_balance(self, sums: StepSums) -> None:
+        """Add the balance losses of the routers in the forward that has just run."""
+        routing = self.bank.router.routing
+        losses = {} if routing is None else balance_losses(routing)
+        for name, loss in losses.items():
+            adapter = torch.tensor([self.bank.ids[name]], device=loss.device)
+            sums.add(BALANCE, adapter, loss[None])
 
     def frozen_pass(self, rows: Sequence[Row]) -> RowNats | None:
         """The forward of the rows that get no gradient, without dropout; None if there are none."""
@@ -177,7 +189,8 @@ class Trainer(ResumableTraining):
         noise = [self.noise(number, row) for row in learnt]
         draws = [plan.draw_of(row) for row in learnt]
         lengths = [row.tokens for row in learnt]
-        self.bank.route(batch.adapter_ids, noise, draws, lengths)
+        goals = [self.gate_goals.of_row(row, plan) for row in learnt]
+        self.bank.route(batch.adapter_ids, noise, draws, lengths, goals=goals)
         outputs = self.row_losses.outputs(batch)
         return RowNats(learnt, outputs.nats, outputs.embeddings)
 

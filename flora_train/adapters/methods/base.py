@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,15 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.kernels.segments import Segments
 
 Params = Mapping[str, Tensor]
+
+
+class TargetMember(NamedTuple):
+    """A member of a gate that adapts a layer."""
+
+    number: int
+    """Its position in `Gate.members`."""
+    feedforward: bool
+    """ia3: it scales the input instead of the output."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,8 @@ class Target:
     """The feed-forward block whose experts the layer belongs to; None for a layer without experts."""
     block_width: int = 0
     """Features of the input of that block."""
+    members: tuple[TargetMember, ...] = ()
+    """The members of a gate that adapt the layer, ascending."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,8 @@ class AdapterMethod(ABC):
     """Whether PEFT gives all modules of its type the rank `r`, whatever its rank_pattern."""
     begins_with_weight: bool = False
     """Whether `values_of_weight` has initial values."""
+    merges: bool = True
+    """Whether `merge` exists."""
 
     @abstractmethod
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:
@@ -69,6 +83,10 @@ class AdapterMethod(ABC):
         """Of a method with routers: module that a router reads the input of -> parameter name -> shape, for
         one adapter."""
         return {}
+
+    def frozen_parameters(self, spec: AdapterSpec) -> frozenset[str]:
+        """The parameters that are not trained."""
+        return frozenset()
 
     @abstractmethod
     def initialise(self, params: Params, spec: AdapterSpec, generator: torch.Generator) -> None:
@@ -91,6 +109,14 @@ class AdapterMethod(ABC):
         segments: Segments,
     ) -> Tensor:
         """Outputs [T, out] for tokens x [T, in] of K adapters; params: [K, ...] each, row k for segment k."""
+
+    def single(
+        self, base: Callable[[Tensor], Tensor], params: Params, spec: AdapterSpec, feedforward: bool
+    ) -> Callable[[Tensor], Tensor] | None:
+        """`forward` of one adapter for inference, [..., in] -> [..., out], with as few operations as
+        possible; None if there is no shorter way. params: views of the adapter's values, which it must not
+        copy."""
+        return None
 
     @abstractmethod
     def merge(

@@ -7,7 +7,7 @@ blocks; the layers outside of them have a plain adapter of the experts' method.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class MixLora(AdapterMethod):
 
     name = "mixlora"
     lr_ratio_parameters = frozenset({"B"})
+    merges = False
 
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:
         shapes = expert_method(spec).shapes(spec, target)
@@ -90,6 +91,12 @@ class MixLora(AdapterMethod):
         return expert_method(specs[0]).forward(
             x, site, params, specs=specs, feedforward=feedforward, segments=segments
         )
+
+    def single(
+        self, base: Callable[[Tensor], Tensor], params: Params, spec: AdapterSpec, feedforward: bool
+    ) -> Callable[[Tensor], Tensor] | None:
+        """Of a layer outside the feed-forward blocks."""
+        return expert_method(spec).single(base, params, spec, feedforward)
 
     def merge(
         self, weight: Tensor, bias: Tensor | None, params: Params, *, spec: AdapterSpec, feedforward: bool

@@ -1,16 +1,16 @@
 """The load-balance loss of routers.
 
-For one draw of an adapter, over the tokens of all its rows without padding and over all L routers together:
-coefficient x E x sum_e f_e P_e, where f_e is the share of the slots that hold expert e and P_e its mean
-probability. An adapter's loss has the mean over its draws of the step. f has no gradient, so that the gradient
-of a probability is known once all routers have run: `BalanceGradient` adds it in the backward. It is right with
+For one draw of an adapter, over the tokens of all its rows without padding and over all routers together, it
+is coefficient x E x sum_e f_e P_e, where f_e is the share of the slots that hold expert e, and P_e its mean
+probability. An adapter's loss has the mean over its draws of the step. f has no gradient, so that the
+gradient of a probability is known once all routers have run: `BalanceGradient` adds it in the backward, with
 every kind of activation checkpointing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,9 +29,9 @@ class DrawTokens:
     draw: Tensor
     """int64 [T]: position of each token's draw; D for padding and rows without a draw."""
     counts: Tensor
-    """float32 [D]: tokens of each draw."""
+    """float64 [D]: tokens of each draw."""
     shares: Tensor
-    """float32 [D]: the share of each draw in its adapter's loss."""
+    """float64 [D]: the share of each draw in its adapter's loss."""
     adapters: tuple[int, ...]
     """[D]: which of the span's adapters each draw belongs to."""
 
@@ -43,12 +43,13 @@ class DrawTokens:
 
 @dataclass(frozen=True)
 class Load:
-    """The load of one router in a forward pass."""
+    """The load of one router in a forward pass, in the dtype of its probabilities."""
 
     slots: Tensor
-    """float32 [D, E]: shares of the slots, f."""
+    """[D, E]: shares of the slots, f."""
     probabilities: Tensor
-    """float32 [D, E]: mean probabilities, P."""
+    """[D, E]: mean probabilities, P."""
+    tokens: DrawTokens
 
 
 def real_tokens(routing: Routing, span: Span, tokens_per_row: int, device: torch.device) -> Tensor | None:
@@ -62,10 +63,10 @@ def real_tokens(routing: Routing, span: Span, tokens_per_row: int, device: torch
 
 def draw_tokens(routing: Routing, span: Span, tokens_per_row: int, device: torch.device) -> DrawTokens | None:
     """The draws of a span; None if none of its rows belongs to one. Made once for all layers."""
-    key = ("draws", id(span.pool), span.start, tokens_per_row)
+    key = _key("draws", span)
     if key not in routing.loads:
         routing.loads[key] = _draw_tokens(routing, span, tokens_per_row, device)
-    return routing.loads[key]
+    return cast("DrawTokens | None", routing.loads[key])
 
 
 def _draw_tokens(
@@ -95,7 +96,8 @@ def _draw_tokens(
         draws = torch.where(real, draws, len(places))
     counts = draws.bincount(minlength=len(places) + 1)[: len(places)]
     adapters = tuple(k for k, _ in places)
-    return DrawTokens(draws, counts.float(), torch.tensor(shares, device=device), adapters)
+    of_draws = torch.tensor(shares, dtype=torch.float64, device=device)
+    return DrawTokens(draws, counts.double(), of_draws, adapters)
 
 
 def load_of(choice: Choice, tokens: DrawTokens) -> Load:
@@ -105,12 +107,14 @@ def load_of(choice: Choice, tokens: DrawTokens) -> Load:
     draw = tokens.draw.repeat_interleave(choice.experts.shape[1])
     cell = torch.where(chosen == UNUSED, tokens.draws * count, draw * count + chosen)
     slots = cell.bincount(minlength=(tokens.draws + 1) * count)[: tokens.draws * count]
-    slots = slots.view(tokens.draws, count).float()
+    slots = slots.view(tokens.draws, count).to(choice.probabilities.dtype)
     sums = choice.probabilities.new_zeros(tokens.draws + 1, count)
     sums.index_add_(0, tokens.draw, choice.probabilities.detach())
+    counts = tokens.counts.to(sums.dtype)
     return Load(
         slots / slots.sum(dim=1, keepdim=True).clamp_min(1.0),
-        sums[: tokens.draws] / tokens.counts[:, None].clamp_min(1.0),
+        sums[: tokens.draws] / counts[:, None].clamp_min(1.0),
+        tokens,
     )
 
 
@@ -132,15 +136,16 @@ class BalanceGradient(torch.autograd.Function):
         loads = recorded_loads(routing, span)
         slots = torch.stack([load.slots for load in loads]).mean(0)
         factor = experts.balance_loss * experts.count / len(loads)
-        of_draws = slots * (factor * tokens.shares / tokens.counts.clamp_min(1.0))[:, None]
+        weights = factor * tokens.shares / tokens.counts.clamp_min(1.0)
+        of_draws = slots * weights.to(slots.dtype)[:, None]
         of_draws = torch.cat([of_draws, of_draws.new_zeros(1, experts.count)])
         return dy, of_draws[tokens.draw], None, None, None
 
 
 def recorded_loads(routing: Routing, span: Span) -> list[Load]:
     """The loads of all routers of a span in this forward pass."""
-    key = ("loads", id(span.pool), span.start)
-    return list(routing.loads.get(key, {}).values())
+    loads = cast("dict[str, Load]", routing.loads.get(_key("loads", span), {}))
+    return list(loads.values())
 
 
 def with_balance(
@@ -153,28 +158,38 @@ def with_balance(
     tokens = draw_tokens(routing, span, tokens_per_row, y.device)
     if tokens is None:
         return y
-    loads = routing.loads.setdefault(("loads", id(span.pool), span.start), {})
+    loads = cast("dict[str, Load]", routing.loads.setdefault(_key("loads", span), {}))
     loads[module] = load_of(choice, tokens)  # again the same in a recomputed forward
     return BalanceGradient.apply(y, choice.probabilities, routing, span, tokens)
 
 
 def balance_losses(routing: Routing) -> dict[str, Tensor]:
-    """Adapter -> its balance loss in this forward pass: the share of the step's mean that the rows of this
-    batch are."""
+    """The balance losses of a forward pass.
+
+    Args:
+        routing: Of a forward pass that has ended, whose rows belong to draws.
+
+    Returns:
+        Adapter name -> the part of its balance loss that the rows of this batch are, a number of the dtype of
+        the router's probabilities. The parts of a step add up to the mean over its draws.
+    """
     losses: dict[str, Tensor] = {}
     for span in routing.spans:
-        loads = recorded_loads(routing, span) if span.pool is not None else []
-        experts = span.specs[0].experts if span.specs else None
-        if not loads or experts is None:
+        loads = recorded_loads(routing, span)
+        if not loads:
             continue
-        key = next(
-            k for k in routing.loads if isinstance(k, tuple) and k[:3] == ("draws", id(span.pool), span.start)
-        )
-        tokens: DrawTokens = routing.loads[key]
+        experts, tokens = span.specs[0].experts, loads[0].tokens
+        assert experts is not None
         slots = torch.stack([load.slots for load in loads]).mean(0)
         probabilities = torch.stack([load.probabilities for load in loads]).mean(0)
-        values = experts.balance_loss * experts.count * (slots * probabilities).sum(1) * tokens.shares
+        products = (slots * probabilities).sum(1) * tokens.shares
+        values = experts.balance_loss * experts.count * products
         for place, k in enumerate(tokens.adapters):
             name = span.specs[k].name
-            losses[name] = losses.get(name, 0.0) + values[place]
+            losses[name] = losses[name] + values[place] if name in losses else values[place]
     return losses
+
+
+def _key(what: str, span: Span) -> tuple[str, int, int]:
+    """What the loads of a routing are stored under for a span."""
+    return what, id(span.pool), span.start

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flora_train.adapters.spec import Experts
 from flora_train.kernels.expert_pairs import UNUSED
 from flora_train.kernels.segments import Segments
+
+
+class SlotRule(Protocol):
+    """How many experts a token is sent to. `Experts` and `Gate` are such rules."""
+
+    @property
+    def top_k(self) -> int: ...
+
+    @property
+    def top_p(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -36,18 +46,19 @@ def router_logits(tokens: Tensor, routers: Tensor, segments: Segments) -> Tensor
         return torch.cat([F.linear(part, router) for part, router in zip(parts, of_adapters, strict=True)])
 
 
-def choose(logits: Tensor, experts: Experts) -> Choice:
+def choose(logits: Tensor, experts: SlotRule) -> Choice:
     """The top_k experts of each token; of equal ones the first.
 
     Their weights are their probabilities divided by the sum of these. With top_k = 1 the weight is 1, whose
     gradient would be 0: its gradient is then that of the probability (the straight-through estimator).
     """
     probabilities = logits.softmax(dim=-1)
-    # A stable sort, because topk does not say which of equal values it takes.
-    sorted_values, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    values, chosen = sorted_values[:, : experts.top_k], order[:, : experts.top_k]
+    # A stable sort, because topk does not say which of equal values it takes. Of the logits, because
+    # probabilities are equal where these differ by less than rounding.
+    chosen = logits.detach().argsort(dim=-1, descending=True, stable=True)[:, : experts.top_k]
+    values = probabilities.gather(1, chosen)
     if experts.top_k == 1:
-        return Choice(chosen, 1.0 + values - values.detach(), probabilities)
+        return Choice(chosen, 1.0 + (values - values.detach()), probabilities)
     if experts.top_p < 1.0:
         reached = values.detach().cumsum(dim=-1) - values.detach()
         is_used = reached < experts.top_p

@@ -18,14 +18,26 @@ from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.methods import Params, Site
 from flora_train.adapters.methods.mixlora import ROUTER, expert_method
 from flora_train.adapters.pool import Pool
-from flora_train.adapters.routed.balance import real_tokens, with_balance
+from flora_train.adapters.routed.balance import with_balance
 from flora_train.adapters.routed.blocks import FeedForwardBlock, hidden_states
 from flora_train.adapters.routed.choice import Choice, choose, router_logits
+from flora_train.adapters.routed.few_tokens import add_experts, input_layer
 from flora_train.adapters.routed.jitter import jittered
+from flora_train.adapters.routed.recording import record_choice
 from flora_train.adapters.routing import BatchRouting, Routing, Span
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.kernels.autocast import linear_dtype
-from flora_train.kernels.expert_pairs import Pairs, combine_pairs, gather_pairs, group_pairs
+from flora_train.kernels.expert_pairs import (
+    Pairs,
+    combine_pairs,
+    gather_pairs,
+    group_pairs,
+    pairs_in_order,
+)
+
+FEW_PAIRS = 32
+"""Pairs up to which, without gradients, each gets its expert's parameters instead of being sorted by
+expert."""
 
 
 class ExpertBlock:
@@ -45,7 +57,7 @@ class ExpertBlock:
         self._activation: Callable[[Tensor], Tensor] = getattr(module, block.activation)
         self._original = module.forward
         self._pools: frozenset[int] = frozenset()
-        module.forward = self.forward  # type: ignore[method-assign]
+        module.forward = self.forward
 
     def add_pool(self, pool: Pool) -> None:
         self._pools |= {id(pool)}
@@ -95,34 +107,54 @@ class ExpertBlock:
 
     def _run(self, span: Span, x: Tensor, tokens_per_row: int, *, routing: Routing) -> Tensor:
         """[T, d] -> [T, d] for the tokens of the adapters of a span."""
-        assert span.pool is not None
-        assert span.slots is not None
         experts = span.specs[0].experts
         assert experts is not None
         segments = span.segments.scaled(tokens_per_row)
-        routers = span.pool.gather(self.block.name, span.slots)[ROUTER]
+        routers = span.gather(self.block.name)[ROUTER]
         read = jittered(x, self.block.name, routing, span, tokens_per_row=tokens_per_row)
         choice = choose(router_logits(read, routers, segments), experts)
-        self._record(choice, routing, span, tokens_per_row=tokens_per_row)
-        pairs = group_pairs(choice.experts, segments, experts.count)
+        record_choice(
+            self.router.recorder,
+            choice,
+            self.block.name,
+            routing=routing,
+            span=span,
+            tokens_per_row=tokens_per_row,
+        )
+        is_few = not torch.is_grad_enabled() and choice.experts.numel() <= FEW_PAIRS
+        if is_few and len(span.specs) == 1 and experts.method == "lora" and experts.top_p == 1.0:
+            return self._run_few(span, x, choice)
+        make = group_pairs
+        if is_few:
+            make = pairs_in_order
+        pairs = make(choice.experts, segments, experts.count)
         run = _Experts(self, span, pairs, routing, tokens_per_row)
         hidden = hidden_states(self.block.form, self._activation, run.inputs(x))
         y = combine_pairs(run.output(hidden), choice.weights, pairs)
         return with_balance(y, choice, self.block.name, routing, span, tokens_per_row=tokens_per_row)
 
-    @torch.no_grad()
-    def _record(self, choice: Choice, routing: Routing, span: Span, *, tokens_per_row: int) -> None:
-        if self.router.recorder is None:
-            return
-        real = real_tokens(routing, span, tokens_per_row, choice.experts.device)
-        for k, first, end in span.segments.scaled(tokens_per_row):
-            part = slice(first, end)
-            experts, probabilities = choice.experts[part], choice.probabilities[part]
-            if real is not None:
-                experts, probabilities = experts[real[part]], probabilities[real[part]]
-            self.router.recorder.add(
-                span.specs[k], self.block.name, experts=experts, probabilities=probabilities
-            )
+    def _run_few(self, span: Span, x: Tensor, choice: Choice) -> Tensor:
+        """`_run` for few tokens [T, d] of one adapter with LoRA experts."""
+        experts = choice.experts.flatten()
+
+        def part(name: str) -> tuple[dict[str, Tensor] | None, float]:
+            assert span.pool is not None
+            if name not in span.pool.targets:
+                return None, 1.0
+            stacks = {param: stack[0] for param, stack in span.gather(name).items()}
+            return stacks, span.specs[0].at(name).scaling
+
+        parts = []
+        for name in self.block.inputs:
+            stacks, scaling = part(name)
+            parts.append(input_layer(self.layers[name], x, stacks, experts, scaling=scaling))
+        hidden = hidden_states(self.block.form, self._activation, parts)
+        stacks, scaling = part(self.block.output)
+        y = self.layers[self.block.output].base_layer(hidden)
+        if stacks is not None:
+            y = add_experts(y, hidden, stacks, experts, scaling)
+        slots = y.view(len(x), -1, y.shape[1])
+        return torch.bmm(choice.weights.to(y.dtype)[:, None], slots)[:, 0]
 
 
 class _Experts:
@@ -159,10 +191,9 @@ class _Experts:
         target = self.pool.targets.get(name)
         if target is None or target.block is None:
             return base(x)
-        assert self.span.slots is not None
         layer = self.layers[name]
-        stacks = self.pool.gather(name, self.span.slots)
-        params: Params = {param: stack.flatten(0, 1) for param, stack in stacks.items()}
+        stacks = self.span.gather(name)
+        params: Params = {param: self._of_segments(stack.flatten(0, 1)) for param, stack in stacks.items()}
         specs = self._specs(name)
         site = Site(
             base=base,
@@ -174,12 +205,20 @@ class _Experts:
             x, site, params, specs=specs, feedforward=target.feedforward, segments=self.pairs.segments
         )
 
+    def _of_segments(self, stack: Tensor) -> Tensor:
+        """[K E, ...] -> the entries of the segments of the pairs."""
+        return stack if self.pairs.stacks is None else stack.index_select(0, self.pairs.stacks)
+
     def _specs(self, name: str) -> list[AdapterSpec]:
-        """The adapter of each of the K E segments."""
+        """The adapter of each segment of the pairs."""
         specs: list[AdapterSpec] = []
-        for spec in self.span.specs:
+        slots = self.pairs.position.shape[1]
+        for spec, rows in zip(self.span.specs, self.span.segments.lengths, strict=True):
             assert spec.experts is not None
-            specs += [spec.at(name)] * spec.experts.count
+            repeats = spec.experts.count
+            if self.pairs.stacks is not None:
+                repeats = rows * self.tokens_per_row * slots
+            specs += [spec.at(name)] * repeats
         return specs
 
     def _dropped(self, rows: Tensor, name: str) -> Tensor:

@@ -13,12 +13,14 @@ def jittered(x: Tensor, module: str, routing: Routing, span: Span, *, tokens_per
     """Tokens x [T, d] times random numbers between 1 - jitter and 1 + jitter, in rows with noise; x itself in
     evaluation.
 
-    The numbers depend only on the row's noise, the adapter and the layer, as those of dropout do.
+    The numbers depend only on the row's noise, the adapter and the layer, as those of dropout do. The result
+    is float32 where there are some: 16 bits would round most of them to 1.
     """
     experts = span.specs[0].experts
     if routing.noise is None or experts is None or not experts.jitter:
         return x
-    factors = torch.ones_like(x)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    factors = torch.ones_like(x, dtype=wide)
     for k, first, end in span.segments:
         for row in range(first, end):
             noise = routing.noise[span.start + row]
@@ -29,5 +31,5 @@ def jittered(x: Tensor, module: str, routing: Routing, span: Span, *, tokens_per
             length = min(noise.length, tokens_per_row)
             uniform = torch.rand(length, x.shape[1], generator=generator, device=x.device)
             start = row * tokens_per_row
-            factors[start : start + length] = (1.0 + experts.jitter * (2.0 * uniform - 1.0)).to(x.dtype)
-    return x * factors
+            factors[start : start + length] = (1.0 + experts.jitter * (2.0 * uniform - 1.0)).to(wide)
+    return x.to(wide) * factors
