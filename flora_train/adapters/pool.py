@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flora_train.adapters.heads import Head, head_of, shapes_of
 from flora_train.adapters.methods import METHODS, AdapterMethod, Target
 from flora_train.adapters.seeds import seeded_generator
-from flora_train.adapters.spec import AdapterSpec
+from flora_train.adapters.spec import AdapterSpec, Gate
 from flora_train.adapters.targets import check_patterns, find_targets
 
 PLANES = 4
@@ -239,8 +239,15 @@ def pool_key(spec: AdapterSpec) -> tuple[object, ...]:
     ranks = spec.rank, spec.rank_pattern
     layers = spec.exclude_modules, spec.layers_to_transform, spec.layers_pattern, spec.parent_module
     shapes = spec.target_modules, spec.feedforward_modules, *layers, spec.head
-    gate = None if spec.gate is None else replace(spec.gate, loss=0.0)  # a row has its own goal
-    return spec.method, ranks, *shapes, spec.experts, gate
+    return spec.method, ranks, *shapes, spec.experts, _gate_key(spec.gate)
+
+
+def _gate_key(gate: Gate | None) -> Gate | None:
+    """A gate without what may differ between adapters of one pool."""
+    if gate is None:
+        return None
+    members = tuple(replace(member, family="") for member in gate.members)
+    return replace(gate, members=members, loss=0.0)  # each row has the coefficient of its own gate
 
 
 def build_pools(

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.methods import METHODS
-from flora_train.adapters.methods.meteora import member_views
 from flora_train.adapters.peft_equivalents import PeftAdapter
 from flora_train.adapters.peft_tensors import PREFIX
+from flora_train.adapters.routed.gate_parts import gate_parts
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import user_error
 
@@ -32,18 +32,10 @@ def copy_members(bank: AdapterBank, adapter: int, values: Mapping[str, ModuleVal
 def members_of(bank: AdapterBank, adapter: int) -> dict[str, dict[str, dict[str, Tensor]]]:
     """Member name -> module -> parameter, as its own method names it -> view of its values in the row of a
     gate, without padding."""
-    spec = bank.specs[adapter]
-    assert spec.gate is not None
     pool, _ = bank.location[adapter]
+    spec = bank.specs[adapter]
     parameters = bank.parameters_of(spec.name)
-    members: dict[str, dict[str, dict[str, Tensor]]] = {}
-    for number, member in enumerate(spec.gate.members):
-        members[member.name] = {}
-        for module, target in pool.targets.items():
-            views = member_views(parameters[module], spec, target, number)
-            if views is not None:
-                members[member.name][module] = views
-    return members
+    return {part.name: part.parameters(parameters) for part in gate_parts(pool, spec)}
 
 
 def values_from_peft(

@@ -44,7 +44,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain_bank() -> AdapterBank:
     """An adapter of each kind, trained."""
     bank = AdapterBank.attach(tiny_model().eval(), [spec(**one, family=name) for name, one in PLAIN.items()])
-    perturb(bank)
+    perturb(bank, 0.5)
     return bank
 
 
@@ -104,7 +104,7 @@ def test_members_of_all_kinds_compute_what_they_did(name: str, base: Path, folde
         with plain.routed(["__base__"] * 2):
             unadapted = plain.model(input_ids=x).logits
     assert float((found - expected).abs().max()) < 1e-4
-    assert float((found - unadapted).abs().max()) > 1e-2
+    assert float((found - unadapted).abs().max()) > 1e-3
 
 
 def test_plain_peft_adapters_are_members(base: Path, tmp_path: Path) -> None:

@@ -88,7 +88,9 @@ def test_trained_together_equals_trained_alone(
         assert all(torch.equal(after[key], value) for key, value in before.items()), name
     for name, before in gates.items():
         after = gates_of(together.bank, name)
-        assert all(float((after[key] - value).abs().max()) > 1e-5 for key, value in before.items()), name
+        moves = [float((after[key] - value).abs().max()) for key, value in before.items()]
+        assert min(moves) > 0, name
+        assert max(moves) > 1e-4, name
     after = frozen_members(together.bank, "a-mixed")
     assert all(not torch.equal(after[key], value) for key, value in trained.items())
     differences = largest_difference_to_training_alone(together, plans, tmp_path, **options)
@@ -129,7 +131,7 @@ def frozen_views(bank: AdapterBank) -> list[Tensor]:
 
 def test_the_loss_of_the_gate_makes_it_choose_the_member_of_the_row(tmp_path: Path) -> None:
     """Rows of member m repeat the token 10 + m: a gate can tell them apart, and does after some steps."""
-    gate = gate_spec(LORAS, "b", lr=0.05, gate_loss=5.0)
+    gate = gate_spec(LORAS, "b", lr=0.3, gate_loss=5.0)
     trainer = make_trainer([gate], tmp_path, optimizer="adamw", members=IDS)
     split = trainer.tasks["b"].train
     for document, member in enumerate(split.targets):
@@ -141,7 +143,7 @@ def test_the_loss_of_the_gate_makes_it_choose_the_member_of_the_row(tmp_path: Pa
         with trainer.bank.routed([gate.name]), torch.no_grad():
             trainer.model(input_ids=torch.full((1, 6), 10 + number))
         first = torch.cat(recorder.first)
-        assert float((first == list(LORAS).index(name)).float().mean()) > 0.9, name
+        assert float((first == list(LORAS).index(name)).float().mean()) > 0.8, name
 
 
 class Recorder:
@@ -186,13 +188,16 @@ def test_interrupted_run_ends_with_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_paged_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """Six gates share a pool, of which four fit on the device."""
     found = []
+    specs = [gate_spec(LORAS, task, family, gate_loss=0.0) for task in "abc" for family in ("one", "two")]
+    specs += [spec("lora", task) for task in "abc"]
     for name, paging in (("resident", None), ("paged", Paging(4))):
-        settings: dict[str, Any] = {"steps": 5, "tokens_per_step": 72, "optimizer": "adamw"}
-        specs = [*gate_specs(lr=5e-3), gate_spec(LORAS, "a", "loras", gate_loss=0.0), spec("lora", "c")]
+        settings: dict[str, Any] = {"steps": 6, "tokens_per_step": 42, "optimizer": "adamw"}
         trainer = gate_trainer(tmp_path / name, specs, paging=paging, **settings)
         trainer.train()
         found.append(result(trainer))
+    assert len(trainer.bank.pools) == 2
     assert trainer.bank.pager is not None
     assert trainer.bank.pager.traffic.to_host > 0
     assert_equal(found[1], found[0])
