@@ -113,9 +113,10 @@ def group_by_length(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
     adapter.
 
     Rows that a loss couples stay together, as do those of a draw that a router is balanced over. Those of the
-    reference are in every micro-batch that compares an adapter with them, once for all its adapters. What is longer than `max_tokens` gets a micro-batch of its
-    own. Rows of different encoder windows are not mixed, so that no clip is padded because of another;
-    neither are rows that share an encoding and rows that do not.
+    reference are in every micro-batch that compares an adapter with them, once for all its adapters. What is
+    longer than `max_tokens` gets a micro-batch of its own. Rows of different encoder windows are not mixed,
+    so that no clip is padded because of another; neither are rows that share an encoding and rows that do
+    not.
     """
     groups: list[_Group] = []
     for unit in _coupled(rows):

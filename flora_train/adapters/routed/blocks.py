@@ -92,8 +92,8 @@ def with_blocks(
 ) -> dict[str, Target]:
     """The targets of a mixlora adapter, those in feed-forward blocks marked as experts' layers.
 
-    available: all linear layers of the model. Raises UserError where there are none, or where a block computes
-    something else than its layers say.
+    available: all linear layers of the model. Raises UserError where there are none, or where a block
+    computes something else than its layers say.
     """
     assert spec.experts is not None
     blocks = feedforward_blocks(model, available)
