@@ -92,11 +92,11 @@ def test_paged_adapters_end_with_the_same_bits(disk: bool, tmp_path: Path) -> No
     next_task = {"a": "b", "b": "c", "c": "a"}
     own = specs()
     own += [replace(s, task=next_task[s.task], name=f"{next_task[s.task]}2-{s.family}") for s in own]
-    for name, slots in (("resident", None), ("paged", 5)):
+    for name, slots in (("resident", None), ("paged", 6)):
         folder = tmp_path / name
         paging = None if slots is None else Paging(slots, folder if disk else None)
         folder.mkdir()
-        trainer = trainer_in(folder, own, paging=paging, tokens_per_step=60)
+        trainer = trainer_in(folder, own, paging=paging, tokens_per_step=140)
         trainer.train()
         found.append(result(trainer))
     assert trainer.bank.pager is not None
