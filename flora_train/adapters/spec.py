@@ -319,6 +319,13 @@ def rank_text(rank: int | None, smallest: int | None) -> str:
     return str(rank or "")
 
 
+def experts_text(spec: AdapterSpec) -> str:
+    """`, 2 of 8 lora experts`; empty for an adapter without experts."""
+    if spec.experts is None:
+        return ""
+    return f", {spec.experts.top_k} of {spec.experts.count} {spec.experts.method} experts"
+
+
 LabelNames = Mapping[str, Sequence[str]]
 """Task -> its labels, for tasks whose labels were read from their rows."""
 

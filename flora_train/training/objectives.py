@@ -28,8 +28,8 @@ from flora_train.training.step_plan import StepPlan
 
 NATS, PREFERENCE, ACCURATE, CHOSEN, REJECTED, CHOSEN_COUNT, REJECTED_COUNT, BALANCE = range(8)
 """Columns of a step's sums for each adapter: -log p of learnt tokens; losses of preferences or of pairs of
-texts; pairs or rows that are ordered right; rewards of chosen (good) and rejected (bad) completions, and their
-numbers; the load-balance loss of routers."""
+texts; pairs or rows that are ordered right; rewards of chosen (good) and rejected (bad) completions, and
+their numbers; the load-balance loss of routers."""
 COLUMNS = 8
 
 
