@@ -18,6 +18,7 @@ from flora_train.export.routed_snippet import LOADER
 from flora_train.run_context import load_run
 from tests.documents import ROOT, blocks
 from tests.e2e.conftest import Launch, launch_environment
+from tests.e2e.test_chat import GREEDY, answers, chat
 from tests.e2e.test_resume import Kill, kill_after
 from tests.forked import python
 
@@ -69,7 +70,8 @@ def test_the_report_has_the_load_of_every_layer(run: Path) -> None:
             assert sum(layer["shares"]) == pytest.approx(1.0)
     page = (run / "eval" / "report.html").read_text()
     assert 'id="experts"' in page
-    assert f"{NAME}: load of 4 experts" in page
+    assert page.count('class="heat load scroll"') == 2
+    assert page.count(f"<b>{NAME}</b>") == 1
 
 
 def test_a_resumed_run_ends_with_the_same_adapters_and_loads(
@@ -146,6 +148,12 @@ def test_commands_that_cannot_use_it_say_so(run: Path, tmp_path: Path) -> None:
         done = command(*words)
         assert done.returncode == 2
         assert reason in done.stderr
+
+
+def test_chat_answers_with_a_routed_adapter_beside_the_base(run: Path, tmp_path: Path) -> None:
+    done = chat(run, NAME, "--plain", *GREEDY, said="abcd", cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [name for name, _ in answers(done.stdout)] == ["base", NAME]
 
 
 def test_push_shows_the_files_of_all_parts(run: Path) -> None:

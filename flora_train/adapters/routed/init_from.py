@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from flora_train.adapters.methods import METHODS
 from flora_train.adapters.methods.mixlora import ROUTER
-from flora_train.adapters.peft_tensors import PREFIX
+from flora_train.adapters.peft_config import PeftConfig
+from flora_train.adapters.peft_tensors import PREFIX, suffixes_of, with_whole_names
 from flora_train.adapters.pool import Pool, build_pools
 from flora_train.adapters.routed.folder import RoutedAdapter, is_routed_folder, read_routed
 from flora_train.adapters.routed.parts import Part, parts_of
@@ -88,13 +89,10 @@ def _facts(theirs: RoutedAdapter, modules: list[str]) -> dict[str, Any]:
     config, _ = theirs.first
     routing = theirs.routing
     is_lora = routing.expert == "lora"
-    adapted = {
-        name.removeprefix(PREFIX).rpartition(suffix)[0]
-        for _, tensors in theirs.parts.values()
-        for name in tensors
-        for suffix in (".lora_A", ".hira_A", ".ia3_l")
-        if suffix in name
-    }
+    adapted: set[str] = set()
+    for part_config, tensors in theirs.parts.values():
+        whole = with_whole_names(tensors, _modules_of(part_config, tensors), modules)
+        adapted |= _modules_of(part_config, whole)
     return {
         "expert": routing.expert,
         "experts": routing.experts,
@@ -105,6 +103,12 @@ def _facts(theirs: RoutedAdapter, modules: list[str]) -> dict[str, Any]:
         "rslora": config.rslora if is_lora else None,
         "target_modules": shortest_suffixes(modules, adapted),
     }
+
+
+def _modules_of(config: PeftConfig, tensors: Mapping[str, Tensor]) -> set[str]:
+    """The modules that these tensors adapt."""
+    suffix = f".{suffixes_of(config)[0]}"
+    return {name.removeprefix(PREFIX).removesuffix(suffix) for name in tensors if name.endswith(suffix)}
 
 
 def _check_settings(resolved: AdapterConfig, facts: Mapping[str, Any], family: str, source: str) -> None:
@@ -178,7 +182,9 @@ def values_of(pool: Pool, spec: AdapterSpec, theirs: RoutedAdapter, key: str) ->
 
 def _part_values(part: Part, theirs: RoutedAdapter, key: str) -> dict[str, dict[str, Tensor]]:
     """Module -> parameter -> tensor of one part. Raises UserError for other layers, shapes or ends."""
-    _, tensors = theirs.parts[part.name]
+    config, tensors = theirs.parts[part.name]
+    # those of embeddings are named as the model's body names its modules
+    tensors = with_whole_names(tensors, _modules_of(config, tensors), part.targets)
     source = f"{theirs.source} ({part.name})"
     method = METHODS[part.spec.method]
     by_module: dict[str, dict[str, Tensor]] = {module: {} for module in part.targets}
