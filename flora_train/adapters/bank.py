@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flora_train.adapters.expert_parameters import AdapterExperts, ExpertWeight
+from flora_train.adapters.fused_experts import fused_experts, layout_of
 from flora_train.adapters.host_memory import copy_to_host
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.layer_usage import unusable_layers
+from flora_train.adapters.methods import Target
 from flora_train.adapters.paging import Pager, Paging
 from flora_train.adapters.pool import Pool, build_pools
 from flora_train.adapters.routing import BatchRouting, RowNoise, build_routing
@@ -106,7 +109,10 @@ class AdapterBank:
                 raise user_error("adapters", name, hint)
         device = device or check_base(model)
         model.requires_grad_(False)
-        pools, left_out = build_pools(model, specs, unusable_layers(model, linear_layers(model), features))
+        layers = [*linear_layers(model)]
+        if any(spec.target_parameters for spec in specs):
+            layers += fused_experts(model)
+        pools, left_out = build_pools(model, specs, unusable_layers(model, layers, features))
         bank = cls(model, pools, paging=paging, dtype=dtype, device=device)
         bank.left_out = left_out
         bank._wrap_layers()
@@ -252,8 +258,9 @@ class AdapterBank:
 
     def base_names(self) -> list[str]:
         """The names of all modules of the model as it was before `attach`."""
-        names = (name.replace(".base_layer", "") for name, _ in self.model.named_modules())
-        return list(dict.fromkeys(names))
+        modules = self.model.named_modules()
+        names = (name for name, module in modules if not isinstance(module, ExpertWeight))
+        return list(dict.fromkeys(name.replace(".base_layer", "") for name in names))
 
     def row(self, adapter: int) -> Tensor:
         """All parameters of one adapter as one vector.
@@ -366,6 +373,9 @@ class AdapterBank:
     def _wrap_layers(self) -> None:
         for pool in self.pools:
             for name, target in pool.targets.items():
+                if target.experts:
+                    self._wrap_experts(pool, target)
+                    continue
                 layer = self.model.get_submodule(name)
                 if not isinstance(layer, AdapterLinear):
                     layer = AdapterLinear(layer, target, self.router)
@@ -379,6 +389,17 @@ class AdapterBank:
         layers = getattr(self.model.get_submodule(self._encoder), "layers", None)
         if layers is not None:
             layers[0].register_forward_pre_hook(self._before_encoder_layers, with_kwargs=True)
+
+    def _wrap_experts(self, pool: Pool, target: Target) -> None:
+        module = target.name.rpartition(".")[0]
+        experts = self.model.get_submodule(module)
+        if not isinstance(experts, AdapterExperts):
+            layout = layout_of(experts)
+            assert layout is not None, "find_targets selects recognised experts alone"
+            experts = AdapterExperts(experts, layout, self.router, module)
+            experts.check(f"adapters.{pool.specs[0].family}.target_parameters")
+            self.model.set_submodule(module, experts)
+        experts.add_pool(pool, target)
 
     def _before_encoder_layers(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

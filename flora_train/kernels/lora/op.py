@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from flora_train.kernels.autocast import no_autocast
 from flora_train.kernels.backend import runs_in_triton
 from flora_train.kernels.lora.batched import SegmentedLora
+from flora_train.kernels.lora.grouped import grouped_lora, is_scattered
 from flora_train.kernels.segments import Segments, check_order, check_shape, in_order
 
 LONG_UNITS = 64
@@ -53,4 +55,7 @@ def lora_add(
             from flora_train.kernels.lora.triton_kernels import FusedLora
 
             return FusedLora.apply(y, x, A, B, scaling, segments, order)
+        if is_scattered(segments):
+            run = partial(grouped_lora, scaling=scaling, segments=segments)
+            return in_order(lambda y, x: run(y, x, A, B), order, y, x)
         return in_order(lambda y, x: SegmentedLora.apply(y, x, A, B, scaling, segments), order, y, x)
