@@ -149,20 +149,25 @@ def _claim(context: RunContext, names: Sequence[str], out: Path, *, in_default: 
 def _chosen_names(bank: AdapterBank, names: Sequence[str], as_: str) -> list[str]:
     """These adapters, or all. Raises UserError for one that is unknown or that cannot be written so."""
     methods = {spec.name: spec.method for spec in bank.specs}
+    with_experts = {spec.name for spec in bank.specs if spec.target_parameters}
     with_head = {spec.name for spec in bank.specs if spec.head is not None}
     for name in names:
         bank.id_of(name)
         if as_ == "lora-svd" and name in with_head:
             hint = "has a head: --as lora-svd writes adapters of language models; --as peft writes all"
             raise user_error("adapter", name, hint)
+        if as_ == "lora-svd" and name in with_experts:
+            hint = "has target_parameters, on which no closest LoRA is computed: --as peft or --as merged"
+            raise user_error("adapter", name, hint)
         if as_ == "flora" and methods[name] != "flora":
             hint = f"is {methods[name]}: --as flora writes fLoRA only; --as peft writes all methods"
             raise user_error("adapter", name, hint)
     possible = [name for name, method in methods.items() if as_ != "flora" or method == "flora"]
     if as_ == "lora-svd":
-        possible = [name for name in possible if name not in with_head]
+        possible = [name for name in possible if name not in with_head | with_experts]
         if not possible:
-            hint = "writes adapters of language models, and all adapters of the run have heads: use peft"
+            hint = "writes adapters of language models without target_parameters, and all adapters of the "
+            hint += "run have those, or heads: use peft"
             raise user_error("as", as_, hint)
     return list(dict.fromkeys(names)) or possible
 

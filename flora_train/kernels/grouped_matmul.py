@@ -20,8 +20,9 @@ class GroupedMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, segments: Segments) -> Tensor:
-        ctx.save_for_backward(x, weights)
-        ctx.segments = segments
+        # Tokens are kept for the gradient of weights alone: those of a base are frozen.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weights)
+        ctx.segments, ctx.width = segments, x.shape[1]
         y = x.new_empty(segments.tokens, weights.shape[2])
         for g, start, end in segments:
             torch.mm(x[start:end], weights[g], out=y[start:end])
@@ -35,7 +36,7 @@ class GroupedMatmul(torch.autograd.Function):
         dx: Tensor | None = None
         dweights: Tensor | None = None
         if ctx.needs_input_grad[0]:
-            dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+            dx = dy.new_empty(len(dy), ctx.width)
             for g, start, end in ctx.segments:
                 torch.mm(dy[start:end], weights[g].T, out=dx[start:end])
         if ctx.needs_input_grad[1]:
