@@ -67,7 +67,7 @@ def layout_of(module: nn.Module) -> ExpertLayout | None:
     weights = [parameters.get(name) for name in (up, DOWN)]
     if any(weight is None or weight.dim() != 3 or not weight.is_floating_point() for weight in weights):
         return None
-    if any(type(weight) is not nn.Parameter or weight.element_size() < 2 for weight in weights):
+    if any(_is_packed(weight) for weight in weights if weight is not None):
         return None
     if experts.has_bias and not {f"{up}_bias", f"{DOWN}_bias"} <= parameters.keys():
         return None
@@ -81,6 +81,13 @@ def layout_of(module: nn.Module) -> ExpertLayout | None:
         has_bias=bool(experts.has_bias),
         has_gate=bool(experts.has_gate),
     )
+
+
+def _is_packed(weight: Tensor) -> bool:
+    """Whether a weight is quantized, though its dtype may say that it is not."""
+    kind = type(weight.data)
+    is_bitsandbytes = type(weight).__name__ in ("Params4bit", "Int8Params")
+    return weight.element_size() < 2 or is_bitsandbytes or kind.__module__.startswith("torchao.")
 
 
 def fused_experts(model: nn.Module) -> dict[str, ExpertLayout]:

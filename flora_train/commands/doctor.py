@@ -129,15 +129,20 @@ def choices_of(
     pool: Pool, tokens_per_adapter: float, dtype: torch.dtype, device: torch.device
 ) -> dict[Choice, list[str]]:
     """Choice -> the layers that use it, as `60 q_proj 576 x 576`."""
-    shapes: Counter[tuple[str, int, int, int]] = Counter()
+    shapes: Counter[tuple[str, int, int, int, int]] = Counter()
     for name, target in pool.targets.items():
         rank = pool.specs[0].at(name).rank
-        shapes[name.rpartition(".")[2], target.in_features, target.out_features, rank] += 1
+        shape = target.in_features, target.out_features
+        shapes[name.rpartition(".")[2], *shape, rank, target.experts] += 1
     choices: dict[Choice, list[str]] = defaultdict(list)
-    for (name, in_features, out_features, rank), count in shapes.items():
+    for (name, in_features, out_features, rank, experts), count in shapes.items():
         members = [replace(spec, rank=rank) for spec in pool.specs]
-        work = _work(members, tokens_per_adapter, (in_features, out_features), dtype=dtype, device=device)
+        # An expert gets a share of the tokens: this counts one expert for each token.
+        tokens = tokens_per_adapter / max(experts, 1)
+        work = _work(members, tokens, (in_features, out_features), dtype=dtype, device=device)
         label = f"{count} {name} {in_features} x {out_features}"
+        if experts:
+            label += f" of {experts} experts"
         if pool.ranks[0] != pool.ranks[1]:
             label += f" (rank {rank})"
         choices[_choice(pool.specs[0].method, work)].append(label)

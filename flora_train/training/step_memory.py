@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flora_train.adapters.fused_experts import fused_experts
 from flora_train.adapters.pool import Pool
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import Target, linear_layers
@@ -21,6 +22,7 @@ from flora_train.models.loading import build_model, disable_dropout, load_model_
 from flora_train.models.probe_inputs import feature_shape
 from flora_train.models.speech_encoder import is_speech_model
 from flora_train.training.fsdp import layers_of
+from flora_train.training.planned_layers import PlannedExperts, PlannedLinear
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class StepMemory:
     in_layers: int = 0
     """Kept by all layers."""
     flops: int = 0
-    """Of the linear layers and attention in one forward, without the output head."""
+    """Of the linear layers, fused experts and attention in one forward, without the output head."""
 
     def of_rows(self, rows: int, *, checkpointing: bool) -> int:
         """Bytes that a micro-batch of `rows` rows takes at most, from the forward to the end of the backward.
@@ -123,44 +125,6 @@ def _inputs(model: Any, batch: BatchShape) -> dict[str, Tensor]:
     }
 
 
-class _KeepsAsAdapter(torch.autograd.Function):
-    """Keeps the input of an adapted layer and `features` more numbers for each token."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, parameter: Tensor, features: int) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        ctx.save_for_backward(x, y.new_empty(rows, features))
-        return y.clone()
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None, None]:
-        raise NotImplementedError("only the forward of a plan runs")
-
-
-class _PlannedLinear(nn.Module):
-    """A frozen linear layer, with what its adapters keep."""
-
-    def __init__(self, base: nn.Module, target: Target, features: int | None) -> None:
-        super().__init__()
-        self.base, self.features = base, features
-        self.in_features, self.out_features = target.in_features, target.out_features
-        self.parameter = nn.Parameter(torch.zeros(1))
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias  # type: ignore[return-value]
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        if self.features is None:
-            return y
-        return _KeepsAsAdapter.apply(x, y, self.parameter, self.features)
-
-
 def _replace_layers(model: Any, pools: Sequence[Pool], batch: BatchShape, *, keeps_inputs: bool) -> None:
     """keeps_inputs: a layer without adapters keeps its input, too, as bitsandbytes' 8-bit layers do."""
     adapters = sum(len(pool.specs) for pool in pools)
@@ -174,7 +138,25 @@ def _replace_layers(model: Any, pools: Sequence[Pool], batch: BatchShape, *, kee
         parent, _, child = name.rpartition(".")
         layer = model.get_submodule(name)
         whole = None if features is None else round(features)
-        setattr(model.get_submodule(parent), child, _PlannedLinear(layer, target, whole))
+        setattr(model.get_submodule(parent), child, PlannedLinear(layer, target, whole))
+    _replace_experts(model, pools, batch)
+
+
+def _replace_experts(model: Any, pools: Sequence[Pool], batch: BatchShape) -> None:
+    """An adapted weight keeps the inputs of its pairs of a token and an expert."""
+    adapters = sum(len(pool.specs) for pool in pools)
+    for name, layout in fused_experts(model).items():
+        features = None
+        for pool in pools:
+            for part in layout.weights:
+                target = pool.targets.get(f"{name}.{part}")
+                if target is None:
+                    continue
+                spec = pool.specs[0].at(target.name)
+                kept = target.in_features + _kept_features(spec, target, batch, dtype=model.dtype)
+                features = (features or 0) + kept * len(pool.specs) / adapters
+        whole = None if features is None else round(features)
+        model.set_submodule(name, PlannedExperts(model.get_submodule(name), layout, whole))
 
 
 def _kept_features(spec: AdapterSpec, target: Target, batch: BatchShape, *, dtype: torch.dtype) -> int:
@@ -239,13 +221,13 @@ def _recorded(model: nn.Module, memory: StepMemory) -> Iterator[None]:
         record.layer = -1
 
     def count(module: Any, args: tuple[Any, ...]) -> None:
-        memory.flops += 2 * args[0].numel() * module.out_features
+        memory.flops += module.flops(args)
 
     for number, layer in enumerate(layers_of(model)):
         handles.append(layer.register_forward_pre_hook(enter(number), with_kwargs=True))
         handles.append(layer.register_forward_hook(leave))
     for module in model.modules():
-        if isinstance(module, _PlannedLinear):
+        if isinstance(module, PlannedLinear | PlannedExperts):
             handles.append(module.register_forward_pre_hook(count))
     try:
         with torch.autograd.graph.saved_tensors_hooks(record.pack, lambda tensor: tensor):
