@@ -19,6 +19,7 @@ from flora_train.adapters.targets import find_targets
 from flora_train.config.errors import UserError
 from tests.architectures import MIXTURES, tiny_model
 from tests.conftest import perturb, spec
+from tests.families import FUSED_EXPERTS, OTHER_EXPERTS, family_model
 from tests.unit.adapters.helpers import logits, plain_logits, tokens
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -188,6 +189,40 @@ def test_a_mixed_batch_equals_each_row_alone(architecture: str) -> None:
         alone = logits(bank, x[row : row + 1], [name])
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=2e-6)
         assert name == "__base__" or float((plain[row] - together[row]).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("family", FUSED_EXPERTS)
+@pytest.mark.quick("nemotron_h", "deepseek_v3")
+def test_experts_of_other_families_compute_each_row_with_its_own_adapter(family: str) -> None:
+    model: Any = family_model(family, **FUSED_EXPERTS[family])
+    parts = sorted({part for layout in fused_experts(model).values() for part in layout.weights})
+    options: dict[str, Any] = {"target_modules": [], "target_parameters": parts}
+    names = ["task-ia3", "task-lora", "__base__", "task-flora"]
+    x = tokens(len(names))
+    with torch.no_grad():
+        plain = model(input_ids=x, use_cache=False).logits
+        bank = AdapterBank.attach(model, [spec(method, **options) for method in ("flora", "lora", "ia3")])
+        with bank.routed(names):
+            identity = model(input_ids=x, use_cache=False).logits
+        torch.testing.assert_close(identity, plain, rtol=1e-4, atol=1e-5)
+        perturb(bank)
+        with bank.routed(names):
+            together = model(input_ids=x, use_cache=False).logits
+        for row, name in enumerate(names):
+            with bank.routed([name]):
+                alone = model(input_ids=x[row : row + 1], use_cache=False).logits
+            torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+            assert name == "__base__" or float((plain[row] - together[row]).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("family", OTHER_EXPERTS)
+def test_experts_of_families_with_another_layout_are_refused(family: str) -> None:
+    parameter = OTHER_EXPERTS[family]
+    wrong = spec("lora", target_modules=[], target_parameters=[parameter])
+    with pytest.raises(
+        UserError, match=r"layout of experts is not supported|not the weight of fused experts"
+    ):
+        AdapterBank.attach(family_model(family), [wrong])
 
 
 def test_an_adapter_on_experts_has_the_same_start_alone_and_among_others() -> None:
