@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flora_train.adapters.expert_parameters import AdapterExperts, ExpertWeight
+from flora_train.adapters.fused_experts import fused_experts, layout_of
 from flora_train.adapters.host_memory import copy_to_host
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.layer_usage import unusable_layers
@@ -109,7 +111,10 @@ class AdapterBank:
                 raise user_error("adapters", name, hint)
         device = device or check_base(model)
         model.requires_grad_(False)
-        pools, left_out = build_pools(model, specs, unusable_layers(model, linear_layers(model), features))
+        layers = [*linear_layers(model)]
+        if any(spec.target_parameters for spec in specs):
+            layers += fused_experts(model)
+        pools, left_out = build_pools(model, specs, unusable_layers(model, layers, features))
         bank = cls(model, pools, paging=paging, dtype=dtype, device=device)
         bank.left_out = left_out
         bank._wrap_layers()
@@ -270,8 +275,9 @@ class AdapterBank:
 
     def base_names(self) -> list[str]:
         """The names of all modules of the model as it was before `attach`."""
-        names = (name.replace(".base_layer", "") for name, _ in self.model.named_modules())
-        return list(dict.fromkeys(names))
+        modules = self.model.named_modules()
+        names = (name for name, module in modules if not isinstance(module, ExpertWeight))
+        return list(dict.fromkeys(name.replace(".base_layer", "") for name in names))
 
     def row(self, adapter: int) -> Tensor:
         """All parameters of one adapter as one vector.
@@ -385,6 +391,9 @@ class AdapterBank:
         available = linear_layers(self.model)
         for pool in self.pools:
             for name, target in pool.targets.items():
+                if target.experts:
+                    self._wrap_experts(pool, target)
+                    continue
                 layer = self._wrap(name, target)
                 if target.block is None:  # else its block computes it
                     layer.add_pool(pool)
@@ -422,6 +431,17 @@ class AdapterBank:
                 experts = ExpertBlock(self.model.get_submodule(name), block, layers, self.router)
                 for pool in pools_of[name].values():
                     experts.add_pool(pool)
+
+    def _wrap_experts(self, pool: Pool, target: Target) -> None:
+        module = target.name.rpartition(".")[0]
+        experts = self.model.get_submodule(module)
+        if not isinstance(experts, AdapterExperts):
+            layout = layout_of(experts)
+            assert layout is not None, "find_targets selects recognised experts alone"
+            experts = AdapterExperts(experts, layout, self.router, module)
+            experts.check(f"adapters.{pool.specs[0].family}.target_parameters")
+            self.model.set_submodule(module, experts)
+        experts.add_pool(pool, target)
 
     def _before_encoder_layers(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

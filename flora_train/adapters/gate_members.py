@@ -108,7 +108,7 @@ class _Finder:
         return member
 
     def _member(self, source: str, method: str, outline: PeftOutline) -> MemberConfig:
-        alone = AdapterConfig(method=method, lr=1.0)  # type: ignore[arg-type]
+        alone = AdapterConfig(method=method, lr=1.0)
         names = (*VALUES_OF[method], "target_modules")
         values: dict[str, Any] = {name: value_of(name, outline, alone, self.model) for name in names}
         if method == "flora" and values["variant"] is None:

@@ -34,13 +34,14 @@ class MergedWeights:
 
 def mergeable_modules(bank: AdapterBank, adapter: int) -> list[str]:
     """The targets of an adapter whose weight is dense, whole and in float32: neither quantized, sharded or
-    offloaded, nor of a class whose forward is unknown. None of a routed adapter."""
+    offloaded, nor fused experts, nor of a class whose forward is unknown. None of a routed adapter."""
     pool, _ = bank.location[adapter]
     if not pool.method.merges:
         return []
     if _is_sharded(bank.model) or torch.is_autocast_enabled(bank.device.type):
         return []
-    return [module for module in pool.targets if _is_mergeable(adapted_layer(bank, module), bank.device)]
+    layers = [name for name, target in pool.targets.items() if not target.experts]
+    return [module for module in layers if _is_mergeable(adapted_layer(bank, module), bank.device)]
 
 
 def adapted_layer(bank: AdapterBank, module: str) -> AdapterLinear:

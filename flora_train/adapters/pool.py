@@ -80,7 +80,7 @@ class Pool:
         self.row_size = 0
         for name, target in targets.items():
             self.layout[name] = {}
-            for param, shape in self.method.shapes(specs[0].at(name), target).items():
+            for param, shape in self.method.shapes_at(specs[0].at(name), target).items():
                 self.layout[name][param] = (self.row_size, shape)
                 self.row_size += prod(shape)
         for name, shapes in self.method.router_shapes(specs[0], targets).items():
@@ -160,13 +160,21 @@ class Pool:
         for name, layout in self.layout.items():
             params = {p: torch.empty(shape, dtype=views[name][p].dtype) for p, (_, shape) in layout.items()}
             generator = seeded_generator(seed, spec.seed_name, name)
-            self.method.initialise(params, spec.at(name), generator)
+            for part in self._layers_of(name, params):
+                self.method.initialise(part, spec.at(name), generator)
             for param, view in views[name].items():
                 view.copy_(params[param])
         if self.head is not None:
             values = self.head.initial(seed, spec.seed_name)
             for param, view in self.head_row(member).items():
                 view.copy_(values[param])
+
+    def _layers_of(self, name: str, params: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The parameters on a target as those of linear layers: one, or each of its experts."""
+        experts = self.targets[name].experts
+        if not experts:
+            return [params]
+        return [{param: tensor[e] for param, tensor in params.items()} for e in range(experts)]
 
     def row(self, member: int) -> dict[str, dict[str, Tensor]]:
         """Module -> parameter -> view of one adapter's values, on the device or the host."""
@@ -238,8 +246,9 @@ def pool_key(spec: AdapterSpec) -> tuple[object, ...]:
     """Adapters with the same key share a pool: all their tensors have the same shapes."""
     ranks = spec.rank, spec.rank_pattern
     layers = spec.exclude_modules, spec.layers_to_transform, spec.layers_pattern, spec.parent_module
-    shapes = spec.target_modules, spec.feedforward_modules, *layers, spec.head
-    return spec.method, ranks, *shapes, spec.experts, _gate_key(spec.gate)
+    targets = spec.target_modules, spec.target_parameters, spec.feedforward_modules
+    routes = spec.experts, _gate_key(spec.gate)
+    return spec.method, ranks, *targets, *layers, spec.head, *routes
 
 
 def _gate_key(gate: Gate | None) -> Gate | None:

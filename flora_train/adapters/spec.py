@@ -108,6 +108,7 @@ class AdapterSpec:
     max_steps: int
     target_modules: tuple[str, ...] | str
     feedforward_modules: tuple[str, ...] | None
+    target_parameters: tuple[str, ...] = ()
     parent_module: str | None = None
     sweep: str | None = None
     init_from: str | None = None
@@ -240,6 +241,7 @@ def make_spec(
         max_steps=steps,
         target_modules=_hashable(adapter.target_modules),
         feedforward_modules=_hashable(adapter.feedforward_modules),
+        target_parameters=tuple(adapter.target_parameters or ()),
         parent_module=adapter.parent_module,
         sweep=adapter.sweep,
         init_from=init_from,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from flora_train.adapters.fused_experts import expert_targets
 from flora_train.adapters.methods import Target, TargetMember
 from flora_train.adapters.routed.blocks import with_blocks
 from flora_train.adapters.spec import AdapterSpec, Gate
@@ -86,7 +87,7 @@ def dense_weight(layer: nn.Module, target: Target) -> Tensor:
 def find_targets(
     model: nn.Module, spec: AdapterSpec, unusable: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, Target]:
-    """Module name -> Target for one adapter.
+    """Module name -> Target for one adapter, and parameter name -> Target for the weights of fused experts.
 
     unusable: layers that no adapter can be attached to -> the reason (layer_usage.py). Raises UserError when
     a name matches no module, an unsupported module, or only unusable layers.
@@ -101,6 +102,7 @@ def find_targets(
     selected = {name: target for name, target in selected.items() if name not in unusable}
     if spec.parent_module is not None and selected:
         selected = _below_parent(selected, spec)
+    selected |= expert_targets(model, spec, unusable)
     if not selected:
         hint = f"{type(model).__name__} has no linear layer to adapt"
         if reason is not None:
@@ -121,7 +123,7 @@ def find_targets(
     if suffixes is None:
         suffixes = tuple(_ia3_default(model, "feedforward_modules", key))
     for name, target in selected.items():
-        if ends_with(name, suffixes):
+        if ends_with(name, suffixes) and not target.experts:
             selected[name] = replace(target, feedforward=True)
     return selected
 

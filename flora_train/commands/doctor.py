@@ -129,15 +129,19 @@ def choices_of(
     pool: Pool, tokens_per_adapter: float, dtype: torch.dtype, device: torch.device
 ) -> dict[Choice, list[str]]:
     """Choice -> the layers that use it, as `60 q_proj 576 x 576`."""
-    shapes: Counter[tuple[str, int, int, int, bool]] = Counter()
+    shapes: Counter[tuple[str, int, int, int, int, bool]] = Counter()
     for name, target in pool.targets.items():
-        rank, is_of_experts = pool.specs[0].at(name).rank, target.block is not None
-        shapes[name.rpartition(".")[2], target.in_features, target.out_features, rank, is_of_experts] += 1
+        rank = pool.specs[0].at(name).rank
+        shape = target.in_features, target.out_features
+        shapes[name.rpartition(".")[2], *shape, rank, target.experts, target.block is not None] += 1
     choices: dict[Choice, list[str]] = defaultdict(list)
-    for (name, in_features, out_features, rank, is_of_experts), count in shapes.items():
+    for (name, in_features, out_features, rank, of_base, is_of_experts), count in shapes.items():
         members = [replace(spec, rank=rank) for spec in pool.specs]
-        tokens = tokens_per_adapter
+        # An expert of the base gets a share of the tokens: this counts one expert for each token.
+        tokens = tokens_per_adapter / max(of_base, 1)
         label = f"{count} {name} {in_features} x {out_features}"
+        if of_base:
+            label += f" of {of_base} experts"
         if pool.ranks[0] != pool.ranks[1]:
             label += f" (rank {rank})"
         experts = pool.specs[0].experts

@@ -123,16 +123,20 @@ class AdapterConfig(ConfigModel):
     """Evaluate, select and export an exponential moving average of the weights instead of the last weights:
     after each of its own steps, the adapter's average keeps ema_decay of what it was, with Adam's correction
     of the first steps. Training continues from the weights themselves. Default: no average."""
-    target_modules: (
-        Annotated[list[Text], Field(min_length=1)] | Literal["default", "all-linear", "query-key"] | Regex
-    ) = "default"
+    target_parameters: Annotated[list[Text], Field(min_length=1)] | None = None
+    """flora, lora and ia3: weights of fused experts that the adapter changes beside target_modules, as in
+    PEFT: a list of parameter names or their endings, such as mlp.experts.gate_up_proj and
+    mlp.experts.down_proj. The adapter has parameters for each expert, and every token uses those of its row's
+    adapter. Without dropout and init_from. Default: none."""
+    target_modules: list[Text] | Literal["default", "all-linear", "query-key"] | Regex = "default"
     """Layers that the adapter changes: a list of module names or their endings, all-linear (every linear
     layer but the output head), or query-key (the query and key projections of attention, whatever the
     architecture calls them: q_proj and k_proj, or the one matrix that has them fused with the values, such as
     c_attn). A list may contain query-key beside names. Other text is, as in PEFT, a regular expression that
     must match complete module names, such as '.*layers[.][0-9][.].*_proj'. default: with init_from, the
     layers of the PEFT adapter; else all-linear for flora, lora and dora, and keys, values and the
-    feed-forward output for ia3 (PEFT's table, where it has the architecture)."""
+    feed-forward output for ia3 (PEFT's table, where it has the architecture). An empty list beside
+    target_parameters: those alone."""
     exclude_modules: Annotated[list[Text], Field(min_length=1)] | Regex | None = None
     """Modules among the targets that the adapter does not change, as in PEFT: a list of names or their
     endings, or one regular expression for complete names. Default: none."""
@@ -148,8 +152,8 @@ class AdapterConfig(ConfigModel):
     """Adapt only layers inside a module of this name. With decoder, the adapters of a speech model share its
     encoder. Default: the whole model."""
     feedforward_modules: list[Text] | None = None
-    """ia3 only: the target modules whose input is scaled instead of their output. Default: PEFT's table; with
-    init_from, those of the PEFT adapter."""
+    """ia3 only: the target modules (and parameters) whose input is scaled instead of their output. Default:
+    PEFT's table, and down_proj of fused experts; with init_from, those of the PEFT adapter."""
     tasks: list[Name] | None = Field(None, min_length=1)
     """Tasks that this adapter is trained on. The name of a task with split_by stands for all tasks that are
     made from it. Default: all tasks."""
@@ -190,6 +194,7 @@ class AdapterConfig(ConfigModel):
         "rslora",
         "dropout",
         "lr_ratio",
+        "target_parameters",
         "feedforward_modules",
     )
     @classmethod
@@ -251,6 +256,28 @@ class AdapterConfig(ConfigModel):
     def _patterns_compile(cls, pattern: dict[str, Any] | None) -> dict[str, Any] | None:
         check_pattern_keys(pattern or {})
         return pattern
+
+    @field_validator("target_parameters")
+    @classmethod
+    def _without_dropout(cls, parameters: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        dropout = info.data.get("dropout")
+        if parameters is not None and dropout:
+            raise ValueError(f"cannot be combined with dropout = {dropout:g}, as in PEFT: set dropout to 0")
+        return parameters
+
+    @field_validator("target_modules")
+    @classmethod
+    def _has_targets(cls, modules: Any, info: ValidationInfo) -> Any:
+        if modules == [] and info.data.get("target_parameters") is None:
+            raise ValueError("must have at least 1 item(s), unless there are target_parameters")
+        return modules
+
+    @field_validator("init_from")
+    @classmethod
+    def _experts_begin_as_identity(cls, source: str | None, info: ValidationInfo) -> str | None:
+        if source is not None and info.data.get("target_parameters") is not None:
+            raise ValueError("cannot be combined with target_parameters: remove one of them")
+        return source
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -388,6 +415,7 @@ OWNERS = {
     "rslora": ("lora", "dora", "mixlora", "switch"),
     "dropout": ("lora", "dora", "mixlora", "switch"),
     "lr_ratio": ("flora", "lora", "dora", "mixlora", "switch", "meteora"),
+    "target_parameters": ("flora", "lora", "ia3"),
     "feedforward_modules": ("ia3",),
 }
 """Key of an adapter -> the methods that have it. Keys that are not listed belong to all methods."""

@@ -47,6 +47,7 @@ LIMIT = f"at most {MOST_MEMBERS:,} adapters are made by sweeps in one run"
 LISTS = (
     "tasks",
     "target_modules",
+    "target_parameters",
     "feedforward_modules",
     "exclude_modules",
     "layers_to_transform",

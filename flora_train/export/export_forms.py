@@ -31,7 +31,8 @@ def check_forms(specs: Sequence[AdapterSpec], names: Sequence[str], as_: str) ->
             "as", as_, f"all adapters of the run are routed: {ROUTES}; --as peft writes their parts"
         )
     if as_ == "lora-svd":
-        hint = "writes adapters of language models, and all adapters of the run have heads: use peft"
+        hint = "writes adapters of language models without target_parameters, and all adapters of the run "
+        hint += "have those, or heads: use peft"
         raise user_error("as", as_, hint)
     if as_ == "mixlora":
         raise user_error("as", as_, "the run has no adapter of method mixlora: use peft")
@@ -45,7 +46,7 @@ def possible_names(specs: Sequence[AdapterSpec], as_: str) -> list[str]:
     if as_ in UNROUTED:
         possible = [spec for spec in possible if not spec.is_routed]
     if as_ == "lora-svd":
-        possible = [spec for spec in possible if spec.head is None]
+        possible = [spec for spec in possible if spec.head is None and not spec.target_parameters]
     return [spec.name for spec in possible]
 
 
@@ -55,6 +56,9 @@ def _check(spec: AdapterSpec, as_: str) -> None:
         raise user_error("adapter", spec.name, f"is {spec.method}: {ROUTES}; --as peft writes its parts")
     if as_ == "lora-svd" and spec.head is not None:
         raise user_error("adapter", spec.name, LANGUAGE_MODELS)
+    if as_ == "lora-svd" and spec.target_parameters:
+        hint = "has target_parameters, on which no closest LoRA is computed: --as peft or --as merged"
+        raise user_error("adapter", spec.name, hint)
     if as_ == "flora" and spec.method != "flora":
         hint = f"is {spec.method}: --as flora writes fLoRA only; --as peft writes all methods"
         raise user_error("adapter", spec.name, hint)

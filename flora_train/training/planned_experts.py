@@ -56,7 +56,7 @@ class PlannedBlock:
         self.block, self.layers, self.shares = block, layers, shares
         self._activation: Callable[[Tensor], Tensor] = getattr(module, block.activation)
         self._original = module.forward
-        module.forward = self.forward  # type: ignore[method-assign]
+        module.forward = self.forward
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flora_train.adapters.fused_experts import fused_experts
 from flora_train.adapters.pool import Pool
 from flora_train.adapters.routed.blocks import FeedForwardBlock, feedforward_blocks
 from flora_train.adapters.spec import AdapterSpec
@@ -23,6 +24,7 @@ from flora_train.models.probe_inputs import feature_shape
 from flora_train.models.speech_encoder import is_speech_model
 from flora_train.training.fsdp import layers_of
 from flora_train.training.planned_experts import ExpertShare, PlannedBlock
+from flora_train.training.planned_layers import PlannedExperts, PlannedLinear
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class StepMemory:
     in_layers: int = 0
     """Kept by all layers."""
     flops: int = 0
-    """Of the linear layers and attention in one forward, without the output head."""
+    """Of the linear layers, fused experts and attention in one forward, without the output head."""
 
     def of_rows(self, rows: int, *, checkpointing: bool) -> int:
         """Bytes that a micro-batch of `rows` rows takes at most, from the forward to the end of the backward.
@@ -125,54 +127,6 @@ def _inputs(model: Any, batch: BatchShape) -> dict[str, Tensor]:
     }
 
 
-class _KeepsAsAdapter(torch.autograd.Function):
-    """Keeps the input of an adapted layer and `features` more numbers for each token."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, parameter: Tensor, features: int) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        ctx.save_for_backward(x, y.new_empty(rows, features))
-        return y.clone()
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None, None]:
-        raise NotImplementedError("only the forward of a plan runs")
-
-
-class _PlannedLinear(nn.Module):
-    """A frozen linear layer, with what its adapters keep."""
-
-    def __init__(self, base: nn.Module, target: Target, features: int | None) -> None:
-        super().__init__()
-        self.base, self.features = base, features
-        self.in_features, self.out_features = target.in_features, target.out_features
-        self.parameter = nn.Parameter(torch.zeros(1))
-        self.flops = 0
-        """Floating point operations of the layer so far."""
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias  # type: ignore[return-value]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.adapted(x, self.features)
-
-    def adapted(self, x: Tensor, features: int | None, repeats: int = 1) -> Tensor:
-        """The layer with adapters that keep `features` numbers for each token; the base computes x, and its
-        output is used `repeats` times."""
-        self.flops += 2 * x.numel() * self.out_features
-        y = self.base(x)
-        if repeats > 1:
-            x, y = x.repeat(repeats, 1), y.repeat(repeats, 1)
-        if features is None:
-            return y
-        return _KeepsAsAdapter.apply(x, y, self.parameter, features)
-
-
 def _replace_layers(model: Any, pools: Sequence[Pool], batch: BatchShape, *, keeps_inputs: bool) -> None:
     """keeps_inputs: a layer without adapters keeps its input, too, as bitsandbytes' 8-bit layers do."""
     adapters = sum(len(pool.specs) for pool in pools)
@@ -193,7 +147,16 @@ def _replace_layers(model: Any, pools: Sequence[Pool], batch: BatchShape, *, kee
         parent, _, child = name.rpartition(".")
         layer = model.get_submodule(name)
         whole = None if features is None else round(features)
-        setattr(model.get_submodule(parent), child, _PlannedLinear(layer, target, whole))
+        setattr(model.get_submodule(parent), child, PlannedLinear(layer, target, whole))
+    _replace_blocks(model, pools, batch, available)
+    _replace_experts(model, pools, batch)
+
+
+def _replace_blocks(
+    model: Any, pools: Sequence[Pool], batch: BatchShape, available: Mapping[str, Target]
+) -> None:
+    """Part of the rows go through the experts of routed adapters."""
+    adapters = sum(len(pool.specs) for pool in pools)
     shares = {id(pool): len(pool.specs) / adapters for pool in pools}
     for name, block in feedforward_blocks(model, available).items():
         routed = [pool for pool in pools if any(t.block == name for t in pool.targets.values())]
@@ -204,6 +167,24 @@ def _replace_layers(model: Any, pools: Sequence[Pool], batch: BatchShape, *, kee
                 for pool in routed
             ]
             PlannedBlock(model.get_submodule(name), block, layers, parts)
+
+
+def _replace_experts(model: Any, pools: Sequence[Pool], batch: BatchShape) -> None:
+    """An adapted weight keeps the inputs of its pairs of a token and an expert."""
+    adapters = sum(len(pool.specs) for pool in pools)
+    tokens = batch.rows * batch.length
+    for name, layout in fused_experts(model).items():
+        features = None
+        for pool in pools:
+            for part in layout.weights:
+                target = pool.targets.get(f"{name}.{part}")
+                if target is None:
+                    continue
+                spec = pool.specs[0].at(target.name)
+                own = _kept_features(spec, target, tokens, segments=batch.rows, dtype=model.dtype)
+                features = (features or 0) + (target.in_features + own) * len(pool.specs) / adapters
+        whole = None if features is None else round(features)
+        model.set_submodule(name, PlannedExperts(model.get_submodule(name), layout, whole))
 
 
 def _expert_share(
@@ -295,7 +276,8 @@ def _recorded(model: nn.Module, memory: StepMemory) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-    memory.flops = sum(layer.flops for layer in model.modules() if isinstance(layer, _PlannedLinear))
+    planned = [layer for layer in model.modules() if isinstance(layer, PlannedLinear | PlannedExperts)]
+    memory.flops = sum(layer.flops for layer in planned)
     memory.kept = sum(record.sizes.values())
     of_layers = {number: size for number, size in record.sizes.items() if number >= 0}
     memory.in_layers = sum(of_layers.values())

@@ -43,6 +43,9 @@ class Target:
     """Features of the input of that block."""
     members: tuple[TargetMember, ...] = ()
     """The members of a gate that adapt the layer, ascending."""
+    experts: int = 0
+    """Experts whose weights are in one parameter, of which this is the name; 0 for a linear layer. The
+    features are those of one expert."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class AdapterMethod(ABC):
     """Parameters whose learning rate is lr_ratio x lr."""
     one_rank_in_peft: bool = False
     """Whether PEFT gives all modules of its type the rank `r`, whatever its rank_pattern."""
+    reads_weight: bool = False
+    """Whether `forward` reads the frozen weight, and not the frozen layer's outputs alone."""
     begins_with_weight: bool = False
     """Whether `values_of_weight` has initial values."""
     merges: bool = True
@@ -76,6 +81,14 @@ class AdapterMethod(ABC):
     @abstractmethod
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:
         """Parameter name -> shape, for one adapter on one layer."""
+
+    def shapes_at(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape, for one adapter on one layer; [experts, ...] on the weights of all
+        experts."""
+        shapes = self.shapes(spec, target)
+        if not target.experts:
+            return shapes
+        return {name: (target.experts, *shape) for name, shape in shapes.items()}
 
     def router_shapes(
         self, spec: AdapterSpec, targets: Mapping[str, Target]

@@ -69,7 +69,7 @@ class _GatedTokens:
             if kind in by_kind:
                 taken = self._weights_of(by_kind[kind]).sum(1, keepdim=True)
                 factor = 1.0 - taken if factor is None else factor - taken
-        if "ia3_out" in by_kind:
+        if "ia3_out" in by_kind and factor is not None:
             factor = factor + self._scales(by_kind["ia3_out"], plain)
         y = plain
         if factor is not None:

@@ -20,7 +20,7 @@ H100)."""
 SHORT_UNITS = 4
 """Tokens of a unit up to which it costs more to read its adapter than to multiply with it."""
 LOOPED_TOKENS = 8
-"""Mean tokens of a segment from which short units are computed segment by segment."""
+"""Mean tokens of a segment with tokens from which short units are computed segment by segment."""
 FEW_TOKENS = 4
 """Tokens up to which a loop over their segments has no more operations than the batched form."""
 
@@ -69,5 +69,7 @@ def lora_add(
 
 def is_looped(segments: Segments) -> bool:
     """Whether torch computes these segments one after the other instead of all units at once."""
-    is_long = segments.tokens >= LOOPED_TOKENS * len(segments)
-    return segments.unit <= SHORT_UNITS and (is_long or segments.tokens <= FEW_TOKENS)
+    if segments.unit > SHORT_UNITS:
+        return False
+    used = sum(length > 0 for length in segments.lengths)
+    return segments.tokens >= LOOPED_TOKENS * used or segments.tokens <= FEW_TOKENS
