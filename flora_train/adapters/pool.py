@@ -171,7 +171,7 @@ class Pool:
 
     def _layers_of(self, name: str, params: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """The parameters on a target as those of linear layers: one, or each of its experts."""
-        experts = self.targets[name].experts
+        experts = self.targets[name].experts if name in self.targets else 0  # else a router's
         if not experts:
             return [params]
         return [{param: tensor[e] for param, tensor in params.items()} for e in range(experts)]
