@@ -95,7 +95,7 @@ def init_from_peft(bank: AdapterBank, adapters: Iterable[int]) -> None:
 
 def _read_routed(
     bank: AdapterBank, spec: AdapterSpec, source: str, key: str
-) -> tuple[dict[str, dict[str, Any]], Mapping[str, Tensor]]:
+) -> tuple[dict[str, dict[str, Tensor]], Mapping[str, Tensor]]:
     """The parameters that a routed adapter starts with, and its head. Raises UserError where its folder does
     not fit."""
     theirs = read_source(source, key)

@@ -4,10 +4,12 @@ start with."""
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flora_train.adapters.methods import METHODS
@@ -156,13 +158,13 @@ def activation_of(model: Any) -> str | None:
     return None
 
 
-def values_of(pool: Pool, spec: AdapterSpec, theirs: RoutedAdapter, key: str) -> dict[str, dict[str, Any]]:
-    """Module -> parameter -> the values of a routed adapter of this pool; a list over the experts where the
-    parameter is a stack.
+def values_of(pool: Pool, spec: AdapterSpec, theirs: RoutedAdapter, key: str) -> dict[str, dict[str, Tensor]]:
+    """Module -> parameter -> the values of a routed adapter of this pool.
 
     Raises UserError where the folder does not fit the adapter.
     """
-    values: dict[str, dict[str, Any]] = {}
+    values: dict[str, dict[str, Tensor]] = {}
+    stacks: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
     parts = parts_of(pool, spec)
     names = {part.name for part in parts}
     if names != set(theirs.parts):
@@ -175,7 +177,9 @@ def values_of(pool: Pool, spec: AdapterSpec, theirs: RoutedAdapter, key: str) ->
                 if part.expert is None:
                     values.setdefault(module, {})[param] = tensor
                 else:
-                    values.setdefault(module, {}).setdefault(param, []).append(tensor)
+                    stacks[module, param].append(tensor)
+    for (module, param), of_experts in stacks.items():
+        values.setdefault(module, {})[param] = torch.stack(of_experts)
     _add_routers(pool, theirs, values, key)
     return values
 
@@ -215,7 +219,7 @@ def _part_values(part: Part, theirs: RoutedAdapter, key: str) -> dict[str, dict[
     return values
 
 
-def _add_routers(pool: Pool, theirs: RoutedAdapter, values: dict[str, dict[str, Any]], key: str) -> None:
+def _add_routers(pool: Pool, theirs: RoutedAdapter, values: dict[str, dict[str, Tensor]], key: str) -> None:
     """Add the routers. Raises UserError where they are of other modules or widths."""
     expected = {name: layout[ROUTER][1] for name, layout in pool.layout.items() if ROUTER in layout}
     if set(expected) != set(theirs.routers):
@@ -230,14 +234,9 @@ def _add_routers(pool: Pool, theirs: RoutedAdapter, values: dict[str, dict[str, 
 
 
 def copy_values(
-    parameters: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Mapping[str, Any]]
+    parameters: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
     """Write what `values_of` returns into the parameters of an adapter."""
     for module, params in values.items():
         for param, value in params.items():
-            view = parameters[module][param]
-            if isinstance(value, list):
-                for expert, tensor in enumerate(value):
-                    view[expert].copy_(tensor)
-            else:
-                view.copy_(value)
+            parameters[module][param].copy_(value)
