@@ -156,6 +156,22 @@ def test_values_that_contradict_each_other_are_refused_once(
         ({"adapters__lora__lr": "fast"}, "adapters.lora.lr = 'fast'", "a number"),
         ({"adapters__lora__tasks": []}, "adapters.lora.tasks = []", "at least 1"),
         ({"adapters__lora__target_modules": []}, "adapters.lora.target_modules = []", "at least 1"),
+        ({"adapters__lora__target_parameters": []}, "adapters.lora.target_parameters = []", "at least 1"),
+        (
+            {"adapters__lora__target_parameters": ["w"], "adapters__lora__method": "dora"},
+            "adapters.lora.target_parameters = ['w']",
+            "no meaning for method dora; it belongs to flora, lora and ia3",
+        ),
+        (
+            {"adapters__lora__target_parameters": ["w"], "adapters__lora__dropout": 0.5},
+            "adapters.lora.target_parameters = ['w']",
+            "cannot be combined with dropout = 0.5",
+        ),
+        (
+            {"adapters__lora__target_parameters": ["w"], "adapters__lora__init_from": "outputs/a"},
+            "adapters.lora.init_from = 'outputs/a'",
+            "cannot be combined with target_parameters",
+        ),
         (
             {"adapters__lora__target_modules": "all_linear"},
             "adapters.lora.target_modules = 'all_linear'",
