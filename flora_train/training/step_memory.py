@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flora_train.adapters.fused_experts import fused_experts
+from flora_train.adapters.methods.meteora import member_stacks
 from flora_train.adapters.pool import Pool
 from flora_train.adapters.routed.blocks import FeedForwardBlock, feedforward_blocks
-from flora_train.adapters.spec import AdapterSpec
+from flora_train.adapters.spec import AdapterSpec, Gate
 from flora_train.adapters.targets import Target, linear_layers
 from flora_train.config.errors import first_line, user_error
 from flora_train.config.model_schema import ModelConfig
@@ -203,10 +204,26 @@ def _expert_share(
     return ExpertShare(pool, share, features)
 
 
+def _kept_by_gate(spec: AdapterSpec, gate: Gate, target: Target) -> int:
+    """Numbers that a layer with a gate keeps for a token: logits, probabilities and weights of all members,
+    hidden features and weights of those of LoRA, and inputs and outputs of fLoRA members, pair by pair."""
+    kept = 3 * len(gate.members)
+    for stack in member_stacks(spec, target):
+        if stack.kind == "lora":
+            kept += 3 * len(stack.numbers) * stack.rank + target.out_features
+        elif stack.kind == "flora":
+            kept += gate.top_k * (target.in_features + target.out_features)
+        else:
+            kept += 2 * (target.in_features if stack.kind == "ia3_in" else target.out_features)
+    return kept
+
+
 def _kept_features(
     spec: AdapterSpec, target: Target, tokens: int, *, segments: int, dtype: torch.dtype
 ) -> int:
     """Numbers that an adapter's kernel keeps for a token, beside the layer's input."""
+    if spec.gate is not None:
+        return _kept_by_gate(spec, spec.gate, target)
     method = spec.layer_method
     if method == "lora":
         return spec.rank
