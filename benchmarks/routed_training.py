@@ -130,7 +130,7 @@ def steps_of(model: Any, rows: int, length: int) -> dict[str, Step]:
     """Way -> its step."""
     generator = torch.Generator().manual_seed(1)
     highest = min(model.config.vocab_size, 30_000)
-    ids = torch.randint(100, highest, (ADAPTERS * rows, length), generator=generator)
+    ids = torch.randint(0, highest, (ADAPTERS * rows, length), generator=generator)
     bank = make_bank(model)
     loops = {
         "adapters in turn": {"turns": True, "shared": False},
