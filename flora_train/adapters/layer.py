@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from flora_train.adapters.methods import Site, Target
 from flora_train.adapters.pool import Pool
+from flora_train.adapters.routed.switch import switched_layer
 from flora_train.adapters.routing import BatchRouting, Routing, Span
 from flora_train.adapters.targets import dense_weight
 from flora_train.kernels.autocast import linear_dtype
@@ -110,6 +111,16 @@ class AdapterLinear(nn.Module):
             bias=self.bias,
             dropout=lambda rows: routing.dropout(rows, target.name, span, tokens_per_row=tokens_per_row),
         )
+        if span.pool.method.decides_once:
+            return switched_layer(
+                x,
+                site,
+                target,
+                span=span,
+                routing=routing,
+                router=self.router,
+                tokens_per_row=tokens_per_row,
+            )
         params = span.pool.gather(target.name, span.slots)
         segments = span.segments.scaled(tokens_per_row)
         specs = [spec.at(target.name) for spec in span.specs]

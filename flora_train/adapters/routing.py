@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
@@ -219,7 +219,16 @@ class BatchRouting:
         """Whether the current forward will run again in the backward."""
         self.recorder: RouteRecorder | None = None
         """Gets the choices of all routers; None: nobody wants them."""
+        self.given_routes: Callable[[int], Sequence[Sequence[int]]] | None = None
+        """Measurements only: the experts [T][k] of T tokens, in place of those that a switch adapter's router
+        chooses (evaluation/generation/given_routes.py)."""
         self._pending_backwards = 0
+
+    @property
+    def learns(self) -> bool:
+        """Whether the current forward will have a backward, also where checkpointing runs it without
+        gradients first."""
+        return torch.is_grad_enabled() or self._pending_backwards > 0
 
     def set(self, routing: Routing | None) -> None:
         """Raises RuntimeError while activation checkpointing still needs the previous routing."""

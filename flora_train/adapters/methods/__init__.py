@@ -7,9 +7,10 @@ from flora_train.adapters.methods.head import HeadOnly
 from flora_train.adapters.methods.ia3 import Ia3
 from flora_train.adapters.methods.lora import Lora
 from flora_train.adapters.methods.mixlora import MixLora
+from flora_train.adapters.methods.switch import Switch
 
 METHODS: dict[str, AdapterMethod] = {
-    method.name: method for method in (Flora(), Lora(), Dora(), Ia3(), HeadOnly(), MixLora())
+    method.name: method for method in (Flora(), Lora(), Dora(), Ia3(), HeadOnly(), MixLora(), Switch())
 }
 
 __all__ = ["METHODS", "AdapterMethod", "Params", "Site", "Target"]

@@ -31,6 +31,8 @@ class Target:
     """The feed-forward block whose experts the layer belongs to; None for a layer without experts."""
     block_width: int = 0
     """Features of the input of that block."""
+    decides: bool = False
+    """switch: the layer is the first of a forward, and its input decides about the experts of all layers."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class AdapterMethod(ABC):
     """Whether PEFT gives all modules of its type the rank `r`, whatever its rank_pattern."""
     begins_with_weight: bool = False
     """Whether `values_of_weight` has initial values."""
+    merges: bool = True
+    """Whether an adapter is one weight for all tokens, so that `merge` exists."""
+    decides_once: bool = False
+    """Whether one decision for each token holds in all layers (adapters/routed/switch.py)."""
 
     @abstractmethod
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:

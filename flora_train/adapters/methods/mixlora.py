@@ -50,6 +50,7 @@ class MixLora(AdapterMethod):
 
     name = "mixlora"
     lr_ratio_parameters = frozenset({"B"})
+    merges = False
 
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:
         shapes = expert_method(spec).shapes(spec, target)
