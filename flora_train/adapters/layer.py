@@ -70,6 +70,8 @@ class AdapterLinear(nn.Module):
             merged = routing.merged.get(self.target.name)
             if merged is not None:
                 return F.linear(x, merged.weight, merged.bias)
+        if routing.token_step is not None and x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+            return routing.token_step.forward(self, x)
         spans = routing.spans_for(self._pool_ids)
         if len(spans) == 1 and spans[0].pool is None:
             return self.base_layer(x)

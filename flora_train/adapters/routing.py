@@ -76,6 +76,14 @@ class EmbeddingNoise:
         return uniform * torch.tensor(limits, device=device).repeat_interleave(repeats, dim=0)
 
 
+class TokenStep(Protocol):
+    """Computes the adapted layers of a batch of one row in forwards of one token."""
+
+    def forward(self, layer: Any, x: Tensor) -> Tensor:
+        """The output [..., out] of an AdapterLinear for x [..., in], one token in all."""
+        ...
+
+
 class MergedLayer(NamedTuple):
     """A linear layer with an adapter merged into it."""
 
@@ -108,6 +116,9 @@ class Routing:
     """What the routers of a forward pass recorded of their load, for the backward."""
     merged: Mapping[str, MergedLayer] | None = None
     """Module name -> its layer with the only adapter of these rows merged, for forwards without gradients."""
+    token_step: TokenStep | None = None
+    """Computes forwards of one token without gradients, of one row of a switch adapter; None: the layers
+    do."""
     _by_pools: dict[frozenset[int], tuple[Span, ...]] = field(default_factory=dict, repr=False)
 
     def spans_for(self, pools: frozenset[int]) -> tuple[Span, ...]:

@@ -56,9 +56,7 @@ def _kind(spec: AdapterSpec, target: Target) -> str:
     return spec.experts.method
 
 
-def _lora(
-    x: Tensor, site: Site, params: Params, specs: Sequence[AdapterSpec], decision: Decision
-) -> Tensor:
+def _lora(x: Tensor, site: Site, params: Params, specs: Sequence[AdapterSpec], decision: Decision) -> Tensor:
     y, pairs = site.base(x), decision.pairs
     delta = lora_add(
         y.new_zeros(pairs.count, y.shape[1]),
@@ -71,9 +69,7 @@ def _lora(
     return y + combine_pairs(delta, decision.choice.weights, pairs)
 
 
-def _flora(
-    x: Tensor, site: Site, params: Params, specs: Sequence[AdapterSpec], decision: Decision
-) -> Tensor:
+def _flora(x: Tensor, site: Site, params: Params, specs: Sequence[AdapterSpec], decision: Decision) -> Tensor:
     y, pairs = site.base(x), decision.pairs
     with site.weight() as weight:
         delta = flora_linear(
