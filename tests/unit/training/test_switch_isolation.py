@@ -13,7 +13,6 @@ from tests.unit.training.harness import (
     make_trainer,
     moved,
     plans_of,
-    snapshot,
     train_together,
 )
 from tests.unit.training.test_routed_isolation import OPTIONS, mixlora_specs
