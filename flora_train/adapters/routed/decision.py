@@ -1,4 +1,4 @@
-"""The decision of a switch adapter: the experts of each token, made once in a forward and kept for all layers.
+"""The decision of a switch adapter: the experts of each token, made once in a forward for all layers.
 
 It is kept until the next forward, also where activation checkpointing runs layers again in the backward. The
 weights have a graph of their own, from the detached input of the first adapted layer (below it nothing of the

@@ -1,4 +1,4 @@
-"""Finds the adapted layer that comes first in a forward, whose input decides about the experts of all layers."""
+"""Finds the adapted layer that comes first in a forward, whose input decides about all layers."""
 
 from __future__ import annotations
 
