@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.methods import METHODS
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.base import ConfigModel, PathText
 from flora_train.config.command_options import read_options
@@ -155,16 +156,30 @@ def _chosen_names(bank: AdapterBank, names: Sequence[str], as_: str) -> list[str
         if as_ == "lora-svd" and name in with_head:
             hint = "has a head: --as lora-svd writes adapters of language models; --as peft writes all"
             raise user_error("adapter", name, hint)
+        if as_ in ("merged", "lora-svd") and not METHODS[methods[name]].merges:
+            raise user_error("adapter", name, _not_one_weight(methods[name], as_))
         if as_ == "flora" and methods[name] != "flora":
             hint = f"is {methods[name]}: --as flora writes fLoRA only; --as peft writes all methods"
             raise user_error("adapter", name, hint)
     possible = [name for name, method in methods.items() if as_ != "flora" or method == "flora"]
+    if as_ in ("merged", "lora-svd"):
+        routed = [name for name in possible if not METHODS[methods[name]].merges]
+        possible = [name for name in possible if name not in routed]
+        if not possible:
+            raise user_error("as", as_, _not_one_weight(methods[routed[0]], as_))
     if as_ == "lora-svd":
         possible = [name for name in possible if name not in with_head]
         if not possible:
             hint = "writes adapters of language models, and all adapters of the run have heads: use peft"
             raise user_error("as", as_, hint)
     return list(dict.fromkeys(names)) or possible
+
+
+def _not_one_weight(method: str, as_: str) -> str:
+    return (
+        f"is {method}, which sends each token to other experts: no single weight computes the same, so that "
+        f"--as {as_} cannot write it; --as peft writes all methods"
+    )
 
 
 def _export_exact(

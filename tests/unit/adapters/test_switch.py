@@ -94,9 +94,7 @@ def test_one_expert_is_exactly_a_plain_adapter(method: str) -> None:
             generator = torch.Generator().manual_seed(len(module))
             for name in params[module]:
                 if name != "router":
-                    params[module][name].copy_(
-                        torch.randn(params[module][name].shape, generator=generator)
-                    )
+                    params[module][name].copy_(torch.randn(params[module][name].shape, generator=generator))
         bank.route([0, 0, 0], draws=[RowDraw(0, 1.0)] * 3)
         outputs = bank.model(ROWS)
         outputs.square().sum().backward()
@@ -219,9 +217,7 @@ def test_layers_that_read_other_tokens_are_refused_before_training() -> None:
     for architecture in ("t5", "whisper"):
         with pytest.raises(UserError, match="one decision for a token cannot hold in all of these layers"):
             AdapterBank.attach(tiny_model(architecture), [switch(experts=3, rank=2)])
-    bank = AdapterBank.attach(
-        tiny_model("whisper"), [switch(experts=3, rank=2, parent_module="encoder")]
-    )
+    bank = AdapterBank.attach(tiny_model("whisper"), [switch(experts=3, rank=2, parent_module="encoder")])
     assert len(bank.pools[0].targets) > 2
 
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.merged import mergeable_modules
+from flora_train.adapters.routed.one_row import Route
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.evaluation.generation import MergedDecoding, Request
+from flora_train.evaluation.generation import Decoder, MergedDecoding, Request
 from flora_train.evaluation.generation import switched_decoding as module_under_test
 from flora_train.evaluation.generation.given_routes import alternating_routes, given_routes
 from flora_train.evaluation.generation.route_costs import RouteCosts, measure_route
@@ -18,7 +20,12 @@ from flora_train.evaluation.generation.switched_decoding import RouteCache, Swit
 from tests.conftest import spec
 from tests.unit.data.conftest import byte_tokenizer
 from tests.unit.evaluation.generation.test_complete import PROMPTS, model_for
-from tests.unit.evaluation.generation.test_merged_decoding import assert_unchanged, base_weights, decode
+from tests.unit.evaluation.generation.test_merged_decoding import (
+    GREEDY,
+    assert_unchanged,
+    base_weights,
+    decode,
+)
 
 SPECS: dict[str, dict[str, Any]] = {
     "lora": {"experts": 4, "top_k": 1, "rank": 2},
@@ -45,7 +52,9 @@ class Recorder:
 def bank_for(architecture: str = "llama") -> AdapterBank:
     """One switch adapter of each of SPECS, and a LoRA; routers that change their choice often."""
     specs = [spec("switch", family=name.replace(" ", "_"), **options) for name, options in SPECS.items()]
-    bank = AdapterBank.attach(model_for(architecture, byte_tokenizer()), [*specs, spec("lora", rank=2)])
+    bank = AdapterBank.attach(
+        model_for(architecture, byte_tokenizer()), [*specs, spec("lora", family="plain", rank=2)]
+    )
     for adapter, name in enumerate(spec_.name for spec_ in bank.specs):
         generator = torch.Generator().manual_seed(adapter)
         row = bank.row(adapter)
@@ -57,10 +66,16 @@ def bank_for(architecture: str = "llama") -> AdapterBank:
     return bank
 
 
-def text_of(bank: AdapterBank, adapter: int, path: SwitchPath | None, prompt: str = "return") -> str:
-    """A text of TOKENS tokens. path: None for the decoder without merging."""
+def text_of(bank: AdapterBank, adapter: int, path: SwitchPath | None) -> str:
+    """A text of TOKENS tokens, whatever they are. path: None for the decoder without merging."""
+    texts: list[str] = []
     merging = None if path is None else MergedDecoding(bank, switch_path=path)
-    return decode(bank, [Request(adapter, prompt, ("",))], merging=merging, tokens=TOKENS)[0, 0]
+    decoder = Decoder(
+        bank.model, byte_tokenizer(), bank.routed, sampling=GREEDY, max_new_tokens=TOKENS, merging=merging
+    )
+    decoder._end_tokens = frozenset()
+    decoder.run([Request(adapter, "re", ("",))], lambda generated: texts.append(generated.text))
+    return texts[0]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
@@ -105,7 +120,7 @@ def test_given_routes_are_those_of_the_tokens() -> None:
     assert len(recorder.routes) >= TOKENS
 
 
-def test_texts_equal_those_of_the_model_s_own_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_equal_those_of_the_model_s_own_generate() -> None:
     bank = bank_for()
     ids = torch.tensor([[5, 6, 7, 8]])
     for adapter in range(len(SPECS)):
@@ -138,16 +153,14 @@ def cache_of(
     """A cache with room for so many routes."""
     bank = bank_for()
     monkeypatch.setattr(module_under_test, "measure_route", lambda *_: (costs, {}))
-    cache = RouteCache(bank, adapter, path, lambda: room * RouteCache(bank, adapter, path, lambda: 0)
-                       ._merger_of_layers().bytes)  # fmt: skip
+    size = RouteCache(bank, adapter, path, lambda: 0)._merger_of_layers().bytes
+    cache = RouteCache(bank, adapter, path, lambda: room * size)
     cache.row.refresh()
     return cache
 
 
 def merged_after(cache: RouteCache, experts: list[int]) -> list[bool]:
     """Whether each token of these experts is merged."""
-    from flora_train.adapters.routed.one_row import Route
-
     return [bool(cache.layers_for(Route((expert,), torch.ones(1)))) for expert in experts]
 
 
@@ -173,7 +186,6 @@ def test_nothing_is_merged_that_does_not_pay(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_merged_weights_do_not_drift(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = cache_of(monkeypatch, RouteCosts(0.0, 1.0), room=1, path="merged")
-    from flora_train.adapters.routed.one_row import Route
 
     def weights(expert: int) -> list[Tensor]:
         layers = cache.layers_for(Route((expert,), torch.ones(1)))
@@ -199,8 +211,6 @@ def test_costs_are_measured_on_the_layers(adapter: int) -> None:
 
 
 def test_methods_that_are_no_single_weight_are_not_merged() -> None:
-    from flora_train.adapters.merged import mergeable_modules
-
     bank = AdapterBank.attach(
         model_for("llama", byte_tokenizer()), [spec("switch", experts=3), spec("mixlora", experts=3)]
     )
