@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from flora_train.adapters.methods import Site, Target
 from flora_train.adapters.pool import Pool
 from flora_train.adapters.routed.gated import run_gated
+from flora_train.adapters.routed.switch import switched_layer
 from flora_train.adapters.routing import BatchRouting, Routing, Span
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import dense_weight
@@ -77,6 +78,8 @@ class AdapterLinear(nn.Module):
             merged = routing.merged.get(self.target.name)
             if merged is not None:
                 return F.linear(x, merged.weight, merged.bias)
+        if routing.token_step is not None and x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+            return routing.token_step.forward(self, x)
         if routing.only_span is not None and not torch.is_grad_enabled():
             single = self._single(routing.only_span, x, routing)
             if single is not None:
@@ -148,6 +151,16 @@ class AdapterLinear(nn.Module):
                 span=span,
                 routing=routing,
                 recorder=self.router.recorder,
+                tokens_per_row=tokens_per_row,
+            )
+        if span.pool.method.decides_once:
+            return switched_layer(
+                x,
+                site,
+                target,
+                span=span,
+                routing=routing,
+                router=self.router,
                 tokens_per_row=tokens_per_row,
             )
         params = span.gather(target.name)

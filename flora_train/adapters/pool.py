@@ -219,6 +219,11 @@ class Pool:
         gradients."""
         return {p: leaf.detach()[slots] for p, leaf in self._leaves[module].items()}
 
+    def gather_one(self, module: str, param: str, slots: Tensor) -> Tensor:
+        """One of the parameters of `gather`."""
+        leaf, gradient = self._leaves[module][param], self._leaf_gradients[module][param]
+        return GatherRows.apply(leaf, gradient, slots)
+
     def _views(self, storage: Tensor, module: str, leaf: bool = False) -> dict[str, Tensor]:
         return self._views_of(storage, self.layout[module], leaf)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
@@ -100,6 +100,14 @@ class EmbeddingNoise:
         return uniform * torch.tensor(limits, device=device).repeat_interleave(repeats, dim=0)
 
 
+class TokenStep(Protocol):
+    """Computes the adapted layers of a batch of one row in forwards of one token."""
+
+    def forward(self, layer: Any, x: Tensor) -> Tensor:
+        """The output [..., out] of an AdapterLinear for x [..., in], one token in all."""
+        ...
+
+
 class MergedLayer(NamedTuple):
     """A linear layer with an adapter merged into it."""
 
@@ -134,6 +142,9 @@ class Routing:
     """What the routers of a forward pass recorded of their load, for the backward."""
     merged: Mapping[str, MergedLayer] | None = None
     """Module name -> its layer with the only adapter of these rows merged, for forwards without gradients."""
+    token_step: TokenStep | None = None
+    """Computes forwards of one token without gradients, of one row of a switch adapter; None: the layers
+    do."""
     _by_pools: dict[frozenset[int], tuple[Span, ...]] = field(default_factory=dict, repr=False)
 
     @property
@@ -252,7 +263,16 @@ class BatchRouting:
         """Whether the current forward will run again in the backward."""
         self.recorder: RouteRecorder | None = None
         """Gets the choices of all routers; None: nobody wants them."""
+        self.given_routes: Callable[[int], Sequence[Sequence[int]]] | None = None
+        """Measurements only: the experts [T][k] of T tokens, in place of those that a switch adapter's router
+        chooses (evaluation/generation/given_routes.py)."""
         self._pending_backwards = 0
+
+    @property
+    def learns(self) -> bool:
+        """Whether the current forward will have a backward, also where checkpointing runs it without
+        gradients first."""
+        return torch.is_grad_enabled() or self._pending_backwards > 0
 
     def set(self, routing: Routing | None) -> None:
         """Raises RuntimeError while activation checkpointing still needs the previous routing."""

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from flora_train.adapters.fused_experts import expert_targets
 from flora_train.adapters.methods import Target, TargetMember
 from flora_train.adapters.routed.blocks import with_blocks
+from flora_train.adapters.routed.first_layer import with_first_layer
 from flora_train.adapters.spec import AdapterSpec, Gate
 from flora_train.adapters.target_groups import GROUPS, QUERY_KEY, query_key_layers
 from flora_train.adapters.target_limits import limited
@@ -111,6 +112,8 @@ def find_targets(
     check_patterns(spec, selected)
     if spec.method == "mixlora":
         return with_blocks(model, selected, spec, linear_layers(model))
+    if spec.method == "switch":
+        return with_first_layer(model, selected, spec, linear_layers(model))
     if spec.method != "ia3":
         return selected
     suffixes = spec.feedforward_modules

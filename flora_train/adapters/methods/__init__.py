@@ -8,9 +8,11 @@ from flora_train.adapters.methods.ia3 import Ia3
 from flora_train.adapters.methods.lora import Lora
 from flora_train.adapters.methods.meteora import Meteora
 from flora_train.adapters.methods.mixlora import MixLora
+from flora_train.adapters.methods.switch import Switch
 
 METHODS: dict[str, AdapterMethod] = {
-    method.name: method for method in (Flora(), Lora(), Dora(), Ia3(), HeadOnly(), MixLora(), Meteora())
+    method.name: method
+    for method in (Flora(), Lora(), Dora(), Ia3(), HeadOnly(), MixLora(), Meteora(), Switch())
 }
 
 __all__ = ["METHODS", "AdapterMethod", "Params", "Site", "Target", "TargetMember"]

@@ -46,6 +46,8 @@ class Target:
     experts: int = 0
     """Experts whose weights are in one parameter, of which this is the name; 0 for a linear layer. The
     features are those of one expert."""
+    decides: bool = False
+    """switch: the layer is the first of a forward, and its input decides about the experts of all layers."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ class AdapterMethod(ABC):
     begins_with_weight: bool = False
     """Whether `values_of_weight` has initial values."""
     merges: bool = True
-    """Whether `merge` exists."""
+    """Whether an adapter is one weight for all tokens, so that `merge` exists."""
+    decides_once: bool = False
+    """Whether one decision for each token holds in all layers (adapters/routed/switch.py)."""
 
     @abstractmethod
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:

@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 
 from flora_train.adapters.routed.choice import Choice
 from flora_train.adapters.routing import Routing, Span
-from flora_train.adapters.spec import Experts
 from flora_train.kernels.expert_pairs import UNUSED
 
 
@@ -132,14 +131,21 @@ class BalanceGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         routing, span, tokens = ctx.of_forward
-        experts: Experts = span.specs[0].experts
-        loads = recorded_loads(routing, span)
-        slots = torch.stack([load.slots for load in loads]).mean(0)
-        factor = experts.balance_loss * experts.count / len(loads)
-        weights = factor * tokens.shares / tokens.counts.clamp_min(1.0)
-        of_draws = slots * weights.to(slots.dtype)[:, None]
-        of_draws = torch.cat([of_draws, of_draws.new_zeros(1, experts.count)])
-        return dy, of_draws[tokens.draw], None, None, None
+        return dy, probability_gradient(routing, span, tokens), None, None, None
+
+
+def probability_gradient(routing: Routing, span: Span, tokens: DrawTokens) -> Tensor:
+    """[T, E]: the gradient of the balance loss in the probabilities of one router, once all routers of the
+    span have run."""
+    experts = span.specs[0].experts
+    assert experts is not None
+    loads = recorded_loads(routing, span)
+    slots = torch.stack([load.slots for load in loads]).mean(0)
+    factor = experts.balance_loss * experts.count / len(loads)
+    weights = factor * tokens.shares / tokens.counts.clamp_min(1.0)
+    of_draws = slots * weights.to(slots.dtype)[:, None]
+    of_draws = torch.cat([of_draws, of_draws.new_zeros(1, experts.count)])
+    return of_draws[tokens.draw]
 
 
 def recorded_loads(routing: Routing, span: Span) -> list[Load]:
@@ -152,15 +158,26 @@ def with_balance(
     y: Tensor, choice: Choice, module: str, routing: Routing, span: Span, *, tokens_per_row: int
 ) -> Tensor:
     """y, with the gradient of the balance loss of the router in `module`, whose load is recorded."""
-    experts = span.specs[0].experts
-    if routing.draws is None or experts is None or not experts.balance_loss:
-        return y
-    tokens = draw_tokens(routing, span, tokens_per_row, y.device)
+    tokens = record_load(choice, module, routing, span, tokens_per_row=tokens_per_row)
     if tokens is None:
         return y
+    return BalanceGradient.apply(y, choice.probabilities, routing, span, tokens)
+
+
+def record_load(
+    choice: Choice, module: str, routing: Routing, span: Span, *, tokens_per_row: int
+) -> DrawTokens | None:
+    """Record the load of a router in this forward pass. Returns the tokens that it was measured on; None if
+    the load is not balanced."""
+    experts = span.specs[0].experts
+    if routing.draws is None or experts is None or not experts.balance_loss:
+        return None
+    tokens = draw_tokens(routing, span, tokens_per_row, choice.experts.device)
+    if tokens is None:
+        return None
     loads = cast("dict[str, Load]", routing.loads.setdefault(_key("loads", span), {}))
     loads[module] = load_of(choice, tokens)  # again the same in a recomputed forward
-    return BalanceGradient.apply(y, choice.probabilities, routing, span, tokens)
+    return tokens
 
 
 def balance_losses(routing: Routing) -> dict[str, Tensor]:
