@@ -24,7 +24,7 @@ FIELDS = 8
 @triton.jit
 def _merge(
     tiles, layers, values, experts, factors, x,
-    rank, slots,
+    rank, chosen,
     FIELDS: tl.constexpr, RANK: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
     MULTIPLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +42,7 @@ def _merge(
     place = o[:, None] * tl.load(fields + 6) + i[None, :] * tl.load(fields + 7)
     base = tl.load(weight + place, mask=mask, other=0.0).to(tl.float32)
     product = tl.zeros((OUTS, INS), tl.float32)
-    for slot in range(slots):
+    for slot in range(chosen):
         expert = tl.load(experts + slot).to(tl.int64)
         left = tl.load(
             B + (expert * outs + o[:, None]) * rank + j[None, :],
