@@ -46,6 +46,7 @@ MOST_MEMBERS = 10_000
 LIMIT = f"at most {MOST_MEMBERS:,} adapters are made by sweeps in one run"
 LISTS = (
     "tasks",
+    "over",
     "target_modules",
     "target_parameters",
     "feedforward_modules",
