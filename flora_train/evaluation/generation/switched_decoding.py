@@ -1,10 +1,10 @@
-"""Decodes one row of a switch adapter: the route of a token is added to the frozen weights' outputs, or merged
-into weights that are kept for later tokens of the same route."""
+"""Decodes one row of a switch adapter: the route of a token is added to the frozen weights' outputs, or
+merged into weights that are kept for later tokens of the same route."""
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
