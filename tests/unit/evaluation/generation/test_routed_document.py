@@ -38,7 +38,7 @@ def test_the_blocks_of_the_page_run() -> None:
         "requests": [Request(bank.ids[switch.name], "re", ("",))],
         "report": lambda generated: texts.append(generated.text),
     }
-    observe, decode, measure = blocks(DOCUMENT, "python")
+    observe, decode, measure = (block.text for block in blocks(DOCUMENT, "python"))
     exec(observe.replace("mixed-gate", gate.name), names)
     choices: Any = bank.router.recorder
     first: dict[str, list[torch.Tensor]] = choices.first
