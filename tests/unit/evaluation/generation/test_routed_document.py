@@ -46,6 +46,7 @@ def test_the_blocks_of_the_page_run() -> None:
     assert all(len(of_layer[0]) == 5 for of_layer in first.values())
     assert names["names"] == list(LORAS)
     bank.router.recorder = None
+    bank.abandon()
     exec(decode, names)
     names["decoder"] = Decoder(
         bank.model, tokenizer, bank.routed, sampling=GREEDY, max_new_tokens=3, merging=names["merging"]
