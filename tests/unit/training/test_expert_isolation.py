@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from flora_train.adapters.paging import Paging
 from flora_train.adapters.spec import AdapterSpec
 from tests.architectures import MIXTURES
 from tests.conftest import spec
@@ -95,15 +94,3 @@ def test_a_nan_in_an_adapter_on_experts_leaves_the_others_as_they_were(tmp_path:
             torch.testing.assert_close(
                 broken.bank.row(adapter), clean.bank.row(adapter), rtol=0, atol=1e-5, msg=name
             )
-
-
-def test_paged_adapters_on_experts_train_as_those_on_the_device(tmp_path: Path) -> None:
-    resident, paged = (
-        make_trainer(expert_specs(), tmp_path, "mixtral", paging=paging, tokens_per_step=14)
-        for paging in (None, Paging(4))
-    )
-    assert paged.bank.pager is not None
-    for trainer in (resident, paged):
-        train_together(trainer, plans_of(trainer, 12))
-    for adapter in range(len(paged.bank.specs)):
-        assert torch.equal(resident.bank.row(adapter), paged.bank.row(adapter))
