@@ -6,7 +6,7 @@ Merged weights are kept for later tokens of the same route.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -140,7 +140,7 @@ class SwitchedDecoding:
         self.caches: dict[int, RouteCache] = {}
         """Adapter -> its merged routes."""
 
-    def applies_to(self, adapters: list[int]) -> bool:
+    def applies_to(self, adapters: Sequence[int]) -> bool:
         """Whether these rows are one row of a switch adapter."""
         return len(adapters) == 1 and adapters[0] >= 0 and self._decides_once(adapters[0])
 
