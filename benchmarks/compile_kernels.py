@@ -182,6 +182,7 @@ def variants(dtype: str, rank: int, capability: int) -> dict[str, Variant]:
         "FIELDS": merge.FIELDS,
         "OUTS": merge.TILE_OUTS,
         "INS": merge.TILE_INS,
+        "num_warps": merge.WARPS,
     }
     return found | {
         "LoRA shrink": launched(lora._shrink, of_lora | parts | {"stack_feature": 1}),

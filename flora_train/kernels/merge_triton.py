@@ -16,7 +16,9 @@ from torch import Tensor
 
 from flora_train.kernels.triton_common import matmul_constants
 
-TILE_OUTS, TILE_INS = 64, 64
+TILE_OUTS, TILE_INS = 32, 64
+WARPS = 8
+"""With fewer, the largest rank would not fit into the registers."""
 FIELDS = 8
 """Numbers of a layer in the table: addresses of W0 and W, offsets of A and B, out, in, and W0's strides."""
 
@@ -110,6 +112,6 @@ class FusedMerge:
             _merge[(len(self._tiles),)](
                 self._tiles, self._layers, values, experts, factors, first,
                 self.rank, len(experts),
-                FIELDS=FIELDS, OUTS=TILE_OUTS, INS=TILE_INS, MULTIPLY=self.multiply,
+                FIELDS=FIELDS, OUTS=TILE_OUTS, INS=TILE_INS, MULTIPLY=self.multiply, num_warps=WARPS,
                 **matmul_constants(torch.float32, self.rank),
             )  # fmt: skip

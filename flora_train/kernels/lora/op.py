@@ -17,10 +17,12 @@ LONG_UNITS = 64
 """Tokens of a unit from which torch's batched matmuls are used instead of Triton: they need fewer launches
 and no loop over adapters. Not calibrated (benchmarks/results/kernel_times_cuda.md has their times on an
 H100)."""
-SHORT_UNITS = 4
-"""Tokens of a unit up to which it costs more to read its adapter than to multiply with it."""
-LOOPED_TOKENS = 8
-"""Mean tokens of a segment with tokens from which short units are computed segment by segment."""
+SHORT_UNIT = 8
+"""Tokens of a unit below which a copy of A and B for every unit is as much as the tokens are."""
+FEW_UNITS = 128
+"""Units up to which these copies are small."""
+UNITS_OF_A_SEGMENT = 4
+"""Units for each segment with tokens up to which a loop over segments saves nothing."""
 FEW_TOKENS = 4
 """Tokens up to which a loop over their segments has no more operations than the batched form."""
 
@@ -62,6 +64,8 @@ def lora_add(
             return FusedLora.apply(y, x, A, B, scaling, segments, order)
         form = LoopedLora if is_looped(segments) else SegmentedLora
         if order is None and not torch.is_grad_enabled():
+            if segments.tokens <= FEW_TOKENS:
+                form = LoopedLora
             form.add(y, x, A, B, scaling, segments)
             return y
         return in_order(lambda y, x: form.apply(y, x, A, B, scaling, segments), order, y, x)
@@ -69,7 +73,8 @@ def lora_add(
 
 def is_looped(segments: Segments) -> bool:
     """Whether torch computes these segments one after the other instead of all units at once."""
-    if segments.unit > SHORT_UNITS:
+    units = segments.tokens // segments.unit
+    if segments.unit >= SHORT_UNIT or units <= FEW_UNITS:
         return False
     used = sum(length > 0 for length in segments.lengths)
-    return segments.tokens >= LOOPED_TOKENS * used or segments.tokens <= FEW_TOKENS
+    return units > UNITS_OF_A_SEGMENT * used
