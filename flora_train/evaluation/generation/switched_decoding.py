@@ -1,12 +1,7 @@
-<<<<<<< HEAD
-"""Decodes one row of a switch adapter: the route of a token is added to the frozen weights' outputs, or
-merged into weights that are kept for later tokens of the same route."""
-=======
 """Decodes one row of a switch adapter: unmerged, or with the routes of its tokens merged into weights.
 
 Merged weights are kept for later tokens of the same route.
 """
->>>>>>> w-switch
 
 from __future__ import annotations
 
