@@ -121,7 +121,9 @@ class ExpertBlock:
             span=span,
             tokens_per_row=tokens_per_row,
         )
-        is_few = not torch.is_grad_enabled() and choice.experts.numel() <= FEW_PAIRS
+        # Reentrant checkpointing runs the first forward of a training step without gradients, too.
+        is_inference = not torch.is_grad_enabled() and routing.noise is None and routing.draws is None
+        is_few = is_inference and choice.experts.numel() <= FEW_PAIRS
         if is_few and len(span.specs) == 1 and experts.method == "lora" and experts.top_p == 1.0:
             return self._run_few(span, x, choice)
         make = group_pairs

@@ -18,18 +18,19 @@ from tests.unit.training.harness import (
     snapshot,
     train_together,
 )
-from tests.unit.training.test_routed_isolation import OPTIONS, mixlora_specs
+from tests.unit.training.test_routed_isolation import LEARNING_RATES, OPTIONS, mixlora_specs
 
 
-def switch_specs(**options: Any) -> list[Any]:
+def switch_specs(lr: float) -> list[Any]:
     """Switch adapters of each kind of expert, with dropout and jitter, beside plain and mixlora adapters."""
+    options = {"lr": lr / 2}
     return [
         spec("switch", "a", "switch", experts=4, balance_loss=0.5, dropout=0.2, jitter=0.1, **options),
         spec("switch", "b", "switch", experts=4, balance_loss=0.5, dropout=0.2, jitter=0.1, **options),
         spec("switch", "c", "fswitch", expert="flora", experts=3, top_k=1, balance_loss=0.5, **options),
         spec("switch", "a", "iswitch", expert="ia3", experts=3, top_k=3, **options),
-        *mixlora_specs(**options)[:1],
-        *mixed_specs(**options)[:4],
+        *mixlora_specs(lr)[:1],
+        *mixed_specs(lr=lr)[:4],
     ]
 
 
@@ -39,8 +40,7 @@ def switch_specs(**options: Any) -> list[Any]:
 def test_trained_together_equals_trained_alone(
     tmp_path: Path, optimizer: str, options: dict[str, Any]
 ) -> None:
-    lr = {"adamw": 2e-3, "sgd": 0.4}[optimizer]
-    specs = switch_specs(lr=lr)
+    specs = switch_specs(lr=LEARNING_RATES[optimizer])
     options = {"optimizer": optimizer, "examples_per_draw": 2, "tokens_per_step": 180, **options}
     together = make_trainer(specs, tmp_path, **options)
     plans = plans_of(together)
