@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-LEARNING_RATES = {"adamw": 2e-3, "sgd": 0.3}
+LEARNING_RATES = {"adamw": 2e-3, "sgd": 0.35}
 
 
 def mixlora_specs(lr: float) -> list[Any]:
