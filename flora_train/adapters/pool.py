@@ -74,6 +74,8 @@ class Pool:
         self.head_layout: dict[str, tuple[int, tuple[int, ...]]] = {}
         """Parameter of the head -> its offset in the row, and its shape."""
         self._rate_columns: Tensor | None = None
+        self._constants: dict[str, dict[str, Tensor]] = {}
+        """Module -> what the method's `constants` are there, on the device."""
         self.row_size = 0
         for name, target in targets.items():
             self.layout[name] = {}
@@ -187,7 +189,17 @@ class Pool:
     def gather(self, module: str, slots: Tensor) -> dict[str, Tensor]:
         """Parameter -> [K, ...] for the adapters in `slots` [K], differentiable into `gradients`."""
         gradients = self._leaf_gradients[module]
-        return {p: GatherRows.apply(leaf, gradients[p], slots) for p, leaf in self._leaves[module].items()}
+        params = {p: GatherRows.apply(leaf, gradients[p], slots) for p, leaf in self._leaves[module].items()}
+        for name, tensor in self.constants(module).items():
+            params[name] = tensor.expand(len(slots), *tensor.shape)
+        return params
+
+    def constants(self, module: str) -> dict[str, Tensor]:
+        """Name -> tensor that all adapters share on this layer, on the device. They are made once."""
+        if module not in self._constants:
+            made = self.method.constants(self.specs[0].at(module), self.targets[module])
+            self._constants[module] = {name: tensor.to(self.values.device) for name, tensor in made.items()}
+        return self._constants[module]
 
     def _views(self, storage: Tensor, module: str, leaf: bool = False) -> dict[str, Tensor]:
         return self._views_of(storage, self.layout[module], leaf)
@@ -216,7 +228,8 @@ def pool_key(spec: AdapterSpec) -> tuple[object, ...]:
     """Adapters with the same key share a pool: all their tensors have the same shapes."""
     ranks = spec.rank, spec.rank_pattern
     layers = spec.exclude_modules, spec.layers_to_transform, spec.layers_pattern, spec.parent_module
-    return spec.method, ranks, spec.target_modules, spec.feedforward_modules, *layers, spec.head
+    modules = spec.target_modules, spec.feedforward_modules
+    return spec.method, ranks, *modules, *layers, spec.head, spec.mask
 
 
 def build_pools(

@@ -8,6 +8,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Literal
 
+from flora_train.adapters.sparse_mask import SparseMask
 from flora_train.config.adapter_schema import AdapterConfig, adapter_name
 from flora_train.config.embedding_schema import POOLING, Pooling
 from flora_train.config.name_patterns import as_pairs, value_for
@@ -92,6 +93,8 @@ class AdapterSpec:
     """The labels that the head predicts, without weights."""
     pooling: Pooling | None = None
     """How embeddings are made, of an adapter that learns them; None for all other tasks."""
+    mask: SparseMask | None = None
+    """sparse: the entries that the adapter changes; None for all other methods."""
 
     @property
     def writes_text(self) -> bool:
@@ -120,7 +123,7 @@ class AdapterSpec:
 
     def at(self, module: str) -> AdapterSpec:
         """The adapter as it is on one module: with the rank, alpha and scaling there, without patterns."""
-        return _spec_at(self, module) if self.has_patterns else self
+        return _spec_at(self, module) if self.has_patterns or self.mask else self
 
 
 @lru_cache(maxsize=2**16)
@@ -134,6 +137,7 @@ def _spec_at(spec: AdapterSpec, module: str) -> AdapterSpec:
         scaling=scaling_of(rank, alpha, spec.rslora),
         rank_pattern=(),
         alpha_pattern=(),
+        mask=None if spec.mask is None else replace(spec.mask, module=module),
     )
 
 

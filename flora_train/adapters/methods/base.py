@@ -59,6 +59,11 @@ class AdapterMethod(ABC):
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:
         """Parameter name -> shape, for one adapter on one layer."""
 
+    def constants(self, spec: AdapterSpec, target: Target) -> dict[str, Tensor]:
+        """Tensors that all adapters of a pool share on one layer, which `forward` gets beside the
+        parameters: name -> tensor."""
+        return {}
+
     @abstractmethod
     def initialise(self, params: Params, spec: AdapterSpec, generator: torch.Generator) -> None:
         """Fill the parameters of one adapter (float32, CPU) so that the layer computes what the base layer
@@ -79,7 +84,8 @@ class AdapterMethod(ABC):
         feedforward: bool,
         segments: Segments,
     ) -> Tensor:
-        """Outputs [T, out] for tokens x [T, in] of K adapters; params: [K, ...] each, row k for segment k."""
+        """Outputs [T, out] for tokens x [T, in] of K adapters; params: [K, ...] each, row k for segment k,
+        and `constants`, the same in each row."""
 
     @abstractmethod
     def merge(
