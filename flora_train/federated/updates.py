@@ -41,6 +41,7 @@ class Expected:
     """Tensor name, as in `AdapterValues.tensors` -> shape, with this client's rank."""
     base: str
     mask: str | None = None
+    method: str = "lora"
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def rejection_of(update: ClientUpdate, expected: Expected) -> str | None:
     Returns:
         A sentence that names what is wrong, the value and what was expected.
     """
+    if update.spec.method != expected.method:
+        return f"its adapter is of method {update.spec.method}, expected {expected.method}"
     if update.base != expected.base:
         return f"its update is for another base: {update.base[:12]}, expected {expected.base[:12]}"
     if update.mask != expected.mask:
