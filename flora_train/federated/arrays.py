@@ -15,7 +15,8 @@ from flora_train.federated.values import AdapterValues
 
 
 def to_arrays(values: AdapterValues) -> list[NDArray[Any]]:
-    """One array per tensor, in the order of `AdapterValues.tensors`. numpy has no bfloat16: it becomes float32."""
+    """One array per tensor, in the order of `AdapterValues.tensors`. bfloat16, which numpy lacks, becomes
+    float32."""
     arrays = []
     for _, tensor in values.tensors():
         if tensor.dtype == torch.bfloat16:

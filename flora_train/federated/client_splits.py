@@ -1,4 +1,4 @@
-"""How examples are divided among clients: by label with a Dirichlet distribution, or as they were collected."""
+"""How examples are divided among clients: by label with Dirichlet shares, or as they were collected."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def dirichlet_split(
         if min(map(len, parts)) >= least:
             return parts
     hint = (
-        f"in {MOST_ATTEMPTS} draws some of {clients} clients had fewer than {least} of {len(found)} examples: "
-        "use fewer clients or a larger alpha"
+        f"in {MOST_ATTEMPTS} draws some of {clients} clients had fewer than {least} of {len(found)} "
+        "examples: use fewer clients or a larger alpha"
     )
     raise user_error("federated.dirichlet_alpha", alpha, hint)
 

@@ -13,7 +13,9 @@ from flora_train.federated.ranks import padded
 from flora_train.federated.weights import weighted_mean
 
 
-def mean_of_factors(parts: Sequence[Factors], shares: Sequence[float], *, rank: int, scaling: float) -> Factors:
+def mean_of_factors(
+    parts: Sequence[Factors], shares: Sequence[float], *, rank: int, scaling: float
+) -> Factors:
     """(sum_k w_k B_k) and (sum_k w_k A_k).
 
     Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",

@@ -38,8 +38,8 @@ def mean_with_residual(parts: Sequence[Factors], shares: Sequence[float]) -> tup
     """The mean of the factors, and R = sum_k w_k s B_k A_k - s mean(B) mean(A), exact.
 
     With the columns of all B_k and the rows of all A_k, R = [B_1 .. B_K] C [A_1; ..; A_K], where block (i, j)
-    of C is s (w_i [i = j] - w_i w_j) times the identity. Source: Singhal et al., "FedEx-LoRA: Exact Aggregation
-    for Federated and Efficient Fine-Tuning of Foundation Models", 2024, eq. 6-8.
+    of C is s (w_i [i = j] - w_i w_j) times the identity. Source: Singhal et al., "FedEx-LoRA: Exact
+    Aggregation for Federated and Efficient Fine-Tuning of Foundation Models", 2024.
 
     Args:
         parts: The clients' factors, of one rank and one scaling.

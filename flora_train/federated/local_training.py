@@ -124,8 +124,6 @@ def train_clients(
 
 def _train_step(trainer: Trainer, draws: Sequence[Draw], *, number: int, seed: int) -> None:
     max_tokens = trainer.config.training.tokens_per_microbatch
-    plan = plan_draws(
-        draws, trainer.tasks, trainer.bank, number=number, seed=seed, max_tokens=max_tokens
-    )
+    plan = plan_draws(draws, trainer.tasks, trainer.bank, number=number, seed=seed, max_tokens=max_tokens)
     assert plan is not None
     trainer.step(number, plan)

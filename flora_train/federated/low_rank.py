@@ -98,10 +98,13 @@ def fit_rank(matrix: Factors | Tensor, rank: int, *, scaling: float, spare: Tens
     """
     outputs, inputs = matrix.shape
     if not 1 <= rank <= min(outputs, inputs):
-        hint = f"a matrix of {outputs} x {inputs} has {min(outputs, inputs)} singular values: use at most these"
+        hint = (
+            f"a matrix of {outputs} x {inputs} has {min(outputs, inputs)} singular values: use at most these"
+        )
         raise user_error("rank", rank, hint)
     U, S, V = _decompose(matrix)
-    kept = S[: min(rank, int((S > NEGLIGIBLE * S[0]).sum()))]
+    smallest = NEGLIGIBLE * S[0]
+    kept = S[: min(rank, int((smallest < S).sum()))]
     roots = (kept / scaling).sqrt()
     A, B = U.new_zeros(rank, inputs), U.new_zeros(outputs, rank)
     if spare is not None:

@@ -10,7 +10,12 @@ from flora_train.federated.low_rank import Factors, Fit, fit_rank, weighted_sum
 
 
 def mean_of_products(
-    parts: Sequence[Factors], shares: Sequence[float], *, rank: int, scaling: float, spare: Tensor | None = None
+    parts: Sequence[Factors],
+    shares: Sequence[float],
+    *,
+    rank: int,
+    scaling: float,
+    spare: Tensor | None = None,
 ) -> Fit:
     """The closest factors of a rank to sum_k w_k scaling_k B_k A_k.
 

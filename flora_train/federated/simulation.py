@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
 
@@ -98,7 +98,9 @@ class Simulation:
 
     def _check(self, clients: Sequence[Client]) -> None:
         if self.bank.pager is not None:
-            raise user_error("adapters.device_slots", None, "federated rounds need all adapters on the device")
+            raise user_error(
+                "adapters.device_slots", None, "federated rounds need all adapters on the device"
+            )
         if len(self.clients) < len(clients):
             raise user_error("clients", len(clients), "two clients have the same name")
         check_algorithm(self.options.algorithm, self.state.spec)
@@ -108,7 +110,9 @@ class Simulation:
             if not client.examples:
                 raise user_error(client.name, None, "has no examples")
             if method != self.state.spec.method:
-                raise user_error(client.name, method, f"the global adapter is of method {self.state.spec.method}")
+                raise user_error(
+                    client.name, method, f"the global adapter is of method {self.state.spec.method}"
+                )
 
     def run(self, rounds: int) -> list[RoundRecord]:
         """Run further rounds.
@@ -135,7 +139,6 @@ class Simulation:
         trained = time.monotonic()
         arrived = [answer for answer in answers if answer is not None]
         accepted, outcomes = sort_updates(chosen, arrived, expected)
-        accepted, outcomes = _without_failures(accepted, outcomes, results)
         outcomes = [replace(outcome, bytes_down=sent.get(outcome.client, 0)) for outcome in outcomes]
         aggregation, failure = self._server_step(accepted, outcomes)
         record = RoundRecord(
@@ -190,6 +193,7 @@ class Simulation:
             base=self.state.base,
             mask=self.state.mask,
             loss=result.loss if isfinite(result.loss) else None,
+            failure=result.failure or "",
         )
 
     def _server_step(
@@ -197,7 +201,9 @@ class Simulation:
     ) -> tuple[Aggregation | None, str]:
         for outcome in outcomes:
             if outcome.status != "accepted":
-                logger.warning(f"round {len(self.records)}: {outcome.client} is {outcome.status}: {outcome.reason}")
+                logger.warning(
+                    f"round {len(self.records)}: {outcome.client} is {outcome.status}: {outcome.reason}"
+                )
         try:
             check_enough(accepted, outcomes, self.options.min_clients)
         except UserError as error:
@@ -211,20 +217,6 @@ class Simulation:
         for client in self._unseen:
             self._unseen[client] += self.state.residual_bytes
         return aggregation, ""
-
-
-def _without_failures(
-    accepted: Sequence[ClientUpdate], outcomes: Sequence[ClientOutcome], results: Mapping[str, LocalResult]
-) -> tuple[list[ClientUpdate], list[ClientOutcome]]:
-    """Exclude the clients whose training did nothing."""
-    kept = [update for update in accepted if results[update.client].failure is None]
-    judged = []
-    for outcome in outcomes:
-        failure = results[outcome.client].failure if outcome.client in results else None
-        if outcome.status == "accepted" and failure is not None:
-            outcome = replace(outcome, status="excluded", reason=failure)
-        judged.append(outcome)
-    return kept, judged
 
 
 def _mean_loss(accepted: Sequence[ClientUpdate]) -> float | None:

@@ -1,7 +1,7 @@
 """SLoRA's first stage: the average of sparse values, which is exact, because all clients share one mask.
 
-Source: Babakniya et al., "SLoRA: Federated Parameter Efficient Fine-Tuning of Language Models", 2023. Its code
-was not published. Decided here: the mask is drawn for each matrix separately, with the same density.
+Source: Babakniya et al., "SLoRA: Federated Parameter Efficient Fine-Tuning of Language Models", 2023. Its
+code was not published. Decided here: the mask is drawn for each matrix separately, with the same density.
 """
 
 from __future__ import annotations

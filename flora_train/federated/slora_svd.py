@@ -9,18 +9,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from flora_train.federated.low_rank import Fit, fit_rank
-from flora_train.federated.slora_sparse import dense_update
 
 
-def factors_of_update(
-    values: Tensor, indices: Tensor, shape: tuple[int, int], *, rank: int, scaling: float, spare: Tensor | None
-) -> Fit:
+def factors_of_update(update: Tensor, *, rank: int, scaling: float, spare: Tensor | None = None) -> Fit:
     """The factors of LoRA that are closest to dW.
 
     Args:
-        values: [n], of the first stage.
-        indices: int64 [n], the mask.
-        shape: (out, in).
+        update: dW [out, in], of the first stage (see `dense_update`).
         rank: Of the LoRA.
         scaling: Of the LoRA, alpha / rank: scaling * B A is the closest matrix to dW.
         spare: [rank, in], see `fit_rank`; None for zeros.
@@ -31,4 +26,4 @@ def factors_of_update(
     Raises:
         UserError: The rank is above the number of singular values.
     """
-    return fit_rank(dense_update(values, indices, shape), rank, scaling=scaling, spare=spare)
+    return fit_rank(update, rank, scaling=scaling, spare=spare)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flora_train.adapters.spec import AdapterSpec, scaling_of
 from flora_train.adapters.sparse_mask import SparseMask
+from flora_train.adapters.spec import AdapterSpec, scaling_of
 from flora_train.config.errors import user_error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -30,7 +31,9 @@ class ClientUpdate:
     mask: str | None = None
     """Digest of its mask, of a sparse adapter."""
     loss: float | None = None
-    """Mean training loss of the round."""
+    """Mean training loss of the round; None if it was not finite."""
+    failure: str = ""
+    """Why its values are worth nothing, where the client itself knows."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ def rejection_of(update: ClientUpdate, expected: Expected) -> str | None:
     """
     if update.spec.method != expected.method:
         return f"its adapter is of method {update.spec.method}, expected {expected.method}"
+    if update.failure:
+        return update.failure
     if update.base != expected.base:
         return f"its update is for another base: {update.base[:12]}, expected {expected.base[:12]}"
     if update.mask != expected.mask:
@@ -100,7 +105,11 @@ def _short(mask: str | None) -> str:
 
 
 def sort_updates(
-    chosen: Sequence[str], answers: Iterable[ClientUpdate], expected: Mapping[str, Expected]
+    chosen: Sequence[str],
+    answers: Iterable[ClientUpdate],
+    expected: Mapping[str, Expected],
+    *,
+    unreadable: Mapping[str, ClientOutcome] = MappingProxyType({}),
 ) -> tuple[list[ClientUpdate], list[ClientOutcome]]:
     """Separate the updates that the server can use from the others: a round goes on without a bad client.
 
@@ -108,6 +117,7 @@ def sort_updates(
         chosen: The clients of the round.
         answers: What arrived, in any order.
         expected: Client -> what its update must agree with.
+        unreadable: Client -> its outcome, where its answer is no update at all.
 
     Returns:
         The usable updates, in the order of `chosen`, so that sums do not depend on who answered first; and
@@ -120,6 +130,9 @@ def sort_updates(
     outcomes = []
     for client in chosen:
         answer = first.pop(client, None)
+        if answer is None and client in unreadable:
+            outcomes.append(unreadable[client])
+            continue
         if answer is None:
             outcomes.append(ClientOutcome(client, "absent", "it did not answer"))
             continue

@@ -82,7 +82,9 @@ def plan_step(
     mixture: TaskMixture, number: int, tasks: Mapping[str, Task], bank: AdapterBank, max_tokens: int
 ) -> StepPlan | None:
     """Step `number` (from 0), or None when every adapter has left."""
-    return plan_draws(mixture.step(number), tasks, bank, number=number, seed=mixture.seed, max_tokens=max_tokens)
+    return plan_draws(
+        mixture.step(number), tasks, bank, number=number, seed=mixture.seed, max_tokens=max_tokens
+    )
 
 
 def plan_draws(

@@ -14,6 +14,7 @@ from flora_train.federated.modulation_mean import mean_of_modulations
 from flora_train.federated.product_mean import mean_of_products
 from flora_train.federated.ranks import padded, shortened
 from flora_train.federated.scale_mean import mean_of_scales
+from flora_train.federated.slora_modulation import factors_of_modulation
 from flora_train.federated.slora_sparse import added_to, dense_update, mean_of_values
 from flora_train.federated.slora_svd import factors_of_update
 from flora_train.federated.weights import shares_of, weighted_mean
@@ -27,7 +28,9 @@ def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def clients(ranks: tuple[int, ...] = (2, 2, 2), scalings: tuple[float, ...] = (2.0, 2.0, 2.0)) -> list[Factors]:
+def clients(
+    ranks: tuple[int, ...] = (2, 2, 2), scalings: tuple[float, ...] = (2.0, 2.0, 2.0)
+) -> list[Factors]:
     return [
         Factors(random(rank, IN, seed=k), random(OUT, rank, seed=10 + k), scaling)
         for k, (rank, scaling) in enumerate(zip(ranks, scalings, strict=True))
@@ -124,7 +127,9 @@ def test_a_rank_above_the_number_of_singular_values_is_refused(rank: int) -> Non
     with pytest.raises(UserError, match=r"rank = .: a matrix of 9 x 7 has 7 singular values"):
         fit_rank(random(OUT, IN, seed=0), rank, scaling=1.0)
     with pytest.raises(UserError, match="7 singular values"):
-        factors_of_update(random(3, seed=0), torch.arange(3), (OUT, IN), rank=rank, scaling=1.0, spare=None)
+        factors_of_update(random(OUT, IN, seed=0), rank=rank, scaling=1.0)
+    with pytest.raises(UserError, match="ranks of at most 7"):
+        factors_of_modulation(random(OUT, IN, seed=0), random(OUT, IN, seed=1), rank=rank, offset=1.0)
 
 
 def test_fedex_carries_the_exact_residual() -> None:
@@ -203,16 +208,30 @@ def test_slora_s_second_stage_begins_with_the_svd_of_the_update() -> None:
     indices = torch.randperm(OUT * IN, generator=torch.Generator().manual_seed(0))[:20].sort().values
     values = random(20, seed=0)
     update = dense_update(values, indices, (OUT, IN))
-    fit = factors_of_update(values, indices, (OUT, IN), rank=3, scaling=2.0, spare=None)
+    fit = factors_of_update(update, rank=3, scaling=2.0)
     U, S, Vh = torch.linalg.svd(update, full_matrices=False)
     torch.testing.assert_close(fit.factors.dense(), (U[:, :3] * S[:3]) @ Vh[:3], **TIGHT)
     torch.testing.assert_close(fit.factors.B.norm(dim=0), (S[:3] / 2).sqrt(), **TIGHT)
     torch.testing.assert_close(fit.factors.A.norm(dim=1), (S[:3] / 2).sqrt(), **TIGHT)
     assert fit.left_out == pytest.approx(float((update - fit.factors.dense()).norm()), rel=1e-9)
-    whole = factors_of_update(values, indices, (OUT, IN), rank=7, scaling=2.0, spare=None)
+    whole = factors_of_update(update, rank=7, scaling=2.0)
     torch.testing.assert_close(whole.factors.dense(), update, **TIGHT)
 
 
 def test_a_weighted_sum_of_factors_is_exact() -> None:
     parts = clients((1, 2, 3), (1.0, 2.0, 0.5))
     torch.testing.assert_close(weighted_sum(parts, SHARES).dense(), mean_product(parts), **TIGHT)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_slora_s_second_stage_of_flora_finds_a_modulation_that_exists(offset: float) -> None:
+    """dW that some B A of this rank makes is found again, also where W0 is small."""
+    W0, true = random(OUT, IN, seed=20), Factors(random(1, IN, seed=1), 0.1 * random(OUT, 1, seed=2))
+    W0[0, 0] = 1e-6
+    rank = 1 if offset else 2  # the pure variant needs one more rank, of ones
+    update = W0 * true.dense()
+    fit = factors_of_modulation(W0, update, rank=rank, offset=offset)
+    got = W0 * (offset + fit.factors.dense()) - W0
+    assert float((got - update).norm()) <= 0.01 * float(update.norm())
+    assert fit.left_out == pytest.approx(float((got - update).norm()), rel=1e-6)
+    torch.testing.assert_close(fit.factors.A.norm(dim=1), fit.factors.B.norm(dim=0), rtol=1e-6, atol=0)

@@ -1,4 +1,4 @@
-"""Rounds of many clients in one bank: equal to one by one, deterministic, counted, and robust to bad clients."""
+"""Rounds of many clients in one bank: equal to one by one, deterministic, counted, robust to bad clients."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def recorded(updates: list[ClientUpdate]) -> Any:
 def test_clients_together_equal_clients_one_by_one(
     tmp_path: Path, method: str, algorithm: str, optimizer: str
 ) -> None:
-    """Updates of every client, and the global adapter after each of three rounds, of three of four clients."""
+    """Updates of each client, and the global adapter after each of three rounds, of three of four clients."""
     seen: list[list[ClientUpdate]] = [[], []]
     adapter = {"dropout": 0.1} if method == "lora" else {}
     both = [
@@ -207,7 +207,9 @@ def test_a_round_without_enough_updates_changes_nothing_or_is_an_error(tmp_path:
         return update if update.client == "client_0" else None
 
     simulation = make_simulation(tmp_path, deliver=one_answers, min_clients=2)
-    with pytest.raises(UserError, match=r"1 of 4 updates can be used, and 2 are needed; client_1: it did not"):
+    with pytest.raises(
+        UserError, match=r"1 of 4 updates can be used, and 2 are needed; client_1: it did not"
+    ):
         simulation.round()
 
 
@@ -267,10 +269,15 @@ def test_the_global_adapter_can_be_loaded_into_the_bank(tmp_path: Path) -> None:
         ({"clients_per_round": 5}, r"clients_per_round = 5: there are 4 clients"),
         ({"clients_per_round": -1}, r"ask for 1 to 4 in a round"),
         ({"algorithm": "factor_means"}, r"Did you mean 'factor_mean'"),
-        ({"method": "flora", "algorithm": "fedex"}, r"cannot average flora \(factor_mean or product_mean can\)"),
+        (
+            {"method": "flora", "algorithm": "fedex"},
+            r"cannot average flora \(factor_mean or product_mean can\)",
+        ),
     ],
 )
-def test_bad_options_are_refused_before_training(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_bad_options_are_refused_before_training(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         make_simulation(tmp_path, **options)
 
@@ -279,7 +286,9 @@ def test_bad_clients_are_refused_before_training(tmp_path: Path) -> None:
     good = make_simulation(tmp_path)
     clients = list(good.clients.values())
     with pytest.raises(UserError, match="client_0: has no examples"):
-        Simulation(good.trainer, [Client("client_0", clients[0].adapter, ())], good.state, options=good.options)
+        Simulation(
+            good.trainer, [Client("client_0", clients[0].adapter, ())], good.state, options=good.options
+        )
     with pytest.raises(UserError, match="the same name"):
         Simulation(good.trainer, [clients[0], clients[0]], good.state, options=good.options)
     with pytest.raises(UserError, match="batch_examples = 0"):

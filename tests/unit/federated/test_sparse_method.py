@@ -93,7 +93,7 @@ def test_the_mask_is_stored_once_for_all_adapters_of_a_pool() -> None:
         assert params["indices"].shape == (3, len(indices))
         assert len(indices) == round(0.02 * target.in_features * target.out_features)
         assert (indices.diff() > 0).all()
-        assert 0 <= int(indices[0])
+        assert int(indices[0]) >= 0
         assert int(indices[-1]) < target.in_features * target.out_features
 
 
