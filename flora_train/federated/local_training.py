@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -81,7 +81,13 @@ class LocalResult:
 
 
 def train_clients(
-    trainer: Trainer, clients: Sequence[Client], local: LocalSteps, *, round_number: int, seed: int
+    trainer: Trainer,
+    clients: Sequence[Client],
+    local: LocalSteps,
+    *,
+    round_number: int,
+    seed: int,
+    after_step: Callable[[], None] = lambda: None,
 ) -> dict[str, LocalResult]:
     """Train these clients' adapters from their present values, all in the same forward passes.
 
@@ -93,6 +99,7 @@ def train_clients(
         local: Steps and batch size.
         round_number: The round, from 0.
         seed: Of the order of examples.
+        after_step: Called after every step.
 
     Returns:
         Client -> what was done.
@@ -112,6 +119,7 @@ def train_clients(
                 task = trainer.bank.specs[ids[client.name]].task
                 draws.append(Draw(task, examples, (client.adapter,)))
         _train_step(trainer, draws, number=round_number * ROUND_STEPS + step, seed=seed)
+        after_step()
     losses = trainer.metrics.recent_losses()
     results = {}
     for client, own in zip(clients, batches, strict=True):

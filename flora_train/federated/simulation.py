@@ -16,6 +16,7 @@ from flora_train.federated.participation import choose_clients
 from flora_train.federated.server import Aggregation, aggregate, check_algorithm
 from flora_train.federated.state import GlobalState, expected_of, values_for
 from flora_train.federated.updates import ClientOutcome, ClientUpdate, check_enough, sort_updates
+from flora_train.training.heldout import HeldOut
 from flora_train.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ class Simulation:
         record = RoundRecord(
             round=number,
             outcomes=tuple(outcomes),
-            loss=_mean_loss(accepted) if aggregation is not None else None,
+            loss=None if failure else mean_loss([(own.loss, own.examples) for own in accepted]),
             bytes_up=sum(outcome.bytes_up for outcome in outcomes),
             bytes_down=sum(outcome.bytes_down for outcome in outcomes),
             left_out=_largest(aggregation),
@@ -159,6 +160,19 @@ class Simulation:
         """Write the global values into an adapter of the bank, to evaluate or export them."""
         spec = self.bank.specs[self.bank.id_of(adapter)]
         write_values(self.bank, adapter, values_for(self.state, spec))
+
+    def heldout(self, max_examples: int | None = None) -> dict[str, HeldOut]:
+        """What the global adapter achieves on the held-out examples of each client's task.
+
+        Args:
+            max_examples: Limit per task. Default: all.
+
+        Returns:
+            Task -> results. The clients' adapters hold the global values afterwards.
+        """
+        for client in self.clients.values():
+            self.load_global(client.adapter)
+        return self.trainer.heldout(max_examples, lambda share: None)
 
     def _choose(self, number: int) -> list[str]:
         count = self.options.clients_per_round or len(self.clients)
@@ -219,12 +233,12 @@ class Simulation:
         return aggregation, ""
 
 
-def _mean_loss(accepted: Sequence[ClientUpdate]) -> float | None:
-    """By examples, over the clients whose loss was finite in all steps."""
-    weighted = [(update.loss, update.examples) for update in accepted if update.loss is not None]
-    if not weighted:
+def mean_loss(losses: Sequence[tuple[float | None, int]]) -> float | None:
+    """The mean by examples of (loss, examples), without those of None; None if there is no other."""
+    known = [(loss, examples) for loss, examples in losses if loss is not None]
+    if not known:
         return None
-    return sum(loss * examples for loss, examples in weighted) / sum(examples for _, examples in weighted)
+    return sum(loss * examples for loss, examples in known) / sum(examples for _, examples in known)
 
 
 def _largest(aggregation: Aggregation | None) -> float | None:

@@ -305,3 +305,16 @@ def test_batches_cover_each_epoch_once_and_depend_on_client_and_round() -> None:
     other = replace(client, name=NAMES[1])
     assert batches != LocalSteps(4, epochs=2).batches(other, 0, seed=0)
     assert len(LocalSteps(4, steps=7).batches(client, 0, seed=0)) == 7
+
+
+def test_held_out_results_are_those_of_the_global_adapter_for_each_client(tmp_path: Path) -> None:
+    simulation = make_simulation(tmp_path)
+    before = simulation.heldout()
+    simulation.run(3)
+    after = simulation.heldout(max_examples=5)
+    for name in NAMES:
+        adapter = simulation.bank.ids[f"{name}-lora"]
+        assert len(after[name].nats[adapter]) == 5
+        assert after[name].labels is not None
+        assert before[name].loss(adapter, 5) != after[name].loss(adapter)
+        assert torch.equal(simulation.bank.row(adapter), simulation.bank.row(0))
