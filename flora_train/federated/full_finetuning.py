@@ -17,8 +17,7 @@ from flora_train.config.errors import user_error
 from flora_train.federated.bank_values import read_values, write_values
 from flora_train.federated.base_training import BaseTraining, load_base
 from flora_train.federated.local_training import Client, LocalResult
-from flora_train.federated.participation import choose_clients
-from flora_train.federated.simulation import RoundOptions, RoundRecord, mean_loss
+from flora_train.federated.rounds import RoundOptions, RoundRecord, mean_loss
 from flora_train.federated.updates import ClientOutcome
 from flora_train.training.trainer import Trainer
 
@@ -45,7 +44,7 @@ class FullFineTuning:
             method = self.bank.specs[self.bank.id_of(client.adapter)].method
             if method != "head":
                 raise user_error(client.adapter, method, "full fine-tuning needs adapters of method head")
-        self._choose(0)
+        options.choose(self.clients, 0)
         self.head = read_values(self.bank, clients[0].adapter)
         self.records: list[RoundRecord] = []
 
@@ -63,7 +62,7 @@ class FullFineTuning:
         start = {name: own.detach().clone() for name, own in self.trainer.model.named_parameters()}
         sums: dict[str, Tensor] = {}
         outcomes: list[ClientOutcome] = []
-        for name in self._choose(number):
+        for name in self.options.choose(self.clients, number):
             client = self.clients[name]
             write_values(self.bank, client.adapter, self.head)
             training = BaseTraining(self.trainer, client)
@@ -92,10 +91,6 @@ class FullFineTuning:
     def load_global_head(self, adapter: str) -> None:
         """Write the global head into an adapter of the bank, to evaluate it on the global base."""
         write_values(self.bank, adapter, self.head)
-
-    def _choose(self, number: int) -> list[str]:
-        count = self.options.clients_per_round or len(self.clients)
-        return choose_clients(list(self.clients), count, seed=self.options.seed, round_number=number)
 
     def _finish(self, sums: Mapping[str, Tensor], outcomes: Sequence[ClientOutcome]) -> None:
         """The averages become the base and the head. sums: of values times examples."""

@@ -8,25 +8,18 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.config.errors import choices, did_you_mean, user_error
 from flora_train.federated.factor_mean import mean_of_factors
 from flora_train.federated.fedex import Residual, mean_with_residual
 from flora_train.federated.low_rank import Factors
 from flora_train.federated.modulation_mean import mean_of_modulations
 from flora_train.federated.product_mean import mean_of_products
 from flora_train.federated.scale_mean import mean_of_scales
+from flora_train.federated.server_checks import check_algorithm, check_client
 from flora_train.federated.slora_sparse import mean_of_values
 from flora_train.federated.state import WITH_FACTORS, GlobalState, base_with, factors_of
 from flora_train.federated.updates import ClientUpdate
 from flora_train.federated.values import AdapterValues, LayerValues
 from flora_train.federated.weights import shares_of, weighted_mean
-
-ALGORITHMS: Mapping[str, tuple[str, ...]] = {
-    "factor_mean": ("lora", "flora", "ia3", "sparse", "head"),
-    "product_mean": ("lora", "flora", "ia3", "sparse", "head"),
-    "fedex": ("lora",),
-}
-"""Algorithm -> the methods that it averages. Those without factors are averaged exactly by all of them."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +40,6 @@ class _Layer:
     residual: Residual | None = None
 
 
-def check_algorithm(algorithm: str, spec: AdapterSpec) -> None:
-    """Raises UserError if the algorithm is unknown, or cannot average adapters of this method."""
-    if algorithm not in ALGORITHMS:
-        hint = f"is one of {choices(ALGORITHMS)}.{did_you_mean(algorithm, ALGORITHMS)}"
-        raise user_error("federated.algorithm", algorithm, hint)
-    if spec.method not in ALGORITHMS[algorithm]:
-        able = choices(name for name, methods in ALGORITHMS.items() if spec.method in methods)
-        raise user_error("federated.algorithm", algorithm, f"cannot average {spec.method} ({able} can)")
-
-
 def aggregate(state: GlobalState, updates: Sequence[ClientUpdate], algorithm: str) -> Aggregation:
     """The next global state.
 
@@ -72,6 +55,8 @@ def aggregate(state: GlobalState, updates: Sequence[ClientUpdate], algorithm: st
         UserError: There is no update, the algorithm cannot average this method or these ranks.
     """
     check_algorithm(algorithm, state.spec)
+    for update in updates:
+        check_client(algorithm, state.spec, update.spec)
     shares = shares_of([update.examples for update in updates])
     layers: dict[str, LayerValues] = {}
     left_out: dict[str, float] = {}
@@ -114,7 +99,6 @@ def _aggregate_layer(
         mean, residual = mean_with_residual(parts, shares)
         return _Layer(_params(mean), residual=residual)
     if algorithm == "factor_mean":
-        _check_one_variant(specs, spec)
         return _Layer(_params(mean_of_factors(parts, shares, rank=spec.rank, scaling=own_scaling)))
     if spec.method == "flora":
         offsets = [own.offset for own in specs]
@@ -124,12 +108,6 @@ def _aggregate_layer(
     else:
         fit = mean_of_products(parts, shares, rank=spec.rank, scaling=own_scaling, spare=params["A"])
     return _Layer(_params(fit.factors), left_out=fit.relative_error)
-
-
-def _check_one_variant(specs: Sequence[AdapterSpec], spec: AdapterSpec) -> None:
-    if spec.method == "flora" and any(own.offset != spec.offset for own in specs):
-        hint = "cannot average factors of pure and residual fLoRA: use product_mean"
-        raise user_error("federated.algorithm", "factor_mean", hint)
 
 
 def _params(factors: Factors) -> LayerValues:

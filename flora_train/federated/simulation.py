@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import isfinite
 
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import UserError, user_error
 from flora_train.federated.bank_values import add_to_base, read_values, write_values
-from flora_train.federated.local_training import Client, LocalResult, LocalSteps, train_clients
-from flora_train.federated.participation import choose_clients
-from flora_train.federated.server import Aggregation, aggregate, check_algorithm
+from flora_train.federated.local_training import Client, LocalResult, train_clients
+from flora_train.federated.rounds import RoundOptions, RoundRecord, mean_loss
+from flora_train.federated.server import Aggregation, aggregate
+from flora_train.federated.server_checks import check_algorithm, check_client, check_ranks
 from flora_train.federated.state import GlobalState, expected_of, values_for
 from flora_train.federated.updates import ClientOutcome, ClientUpdate, check_enough, sort_updates
 from flora_train.training.heldout import HeldOut
@@ -23,44 +24,6 @@ logger = logging.getLogger(__name__)
 
 Deliver = Callable[[ClientUpdate], ClientUpdate | None]
 """What the server gets of an update that a client sent; None: nothing."""
-
-
-@dataclass(frozen=True)
-class RoundOptions:
-    """How rounds are run."""
-
-    algorithm: str = "product_mean"
-    """A key of `server.ALGORITHMS`."""
-    clients_per_round: int | None = None
-    """Default: all clients."""
-    local: LocalSteps = field(default_factory=LocalSteps)
-    seed: int = 0
-    """Of participation and of the order of each client's examples."""
-    clients_at_once: int | None = None
-    """Clients that share forward passes. Default: all of a round."""
-    min_clients: int = 1
-    """Usable updates that a round needs. With fewer, it changes nothing."""
-    failed_rounds: int = 0
-    """Rounds that may fail so before the simulation stops with an error."""
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """What happened in one round."""
-
-    round: int
-    outcomes: tuple[ClientOutcome, ...]
-    """One per client that was chosen."""
-    loss: float | None
-    """Mean training loss of the accepted clients, by examples; None for a round that failed."""
-    bytes_up: int
-    bytes_down: int
-    left_out: float | None
-    """The largest share of a layer's mean that the rank left out; None where nothing is fitted."""
-    seconds_clients: float
-    seconds_server: float
-    failure: str = ""
-    """Why the round changed nothing."""
 
 
 class Simulation:
@@ -74,8 +37,8 @@ class Simulation:
         deliver: Stands for the network. Default: all updates arrive as they were sent.
 
     Raises:
-        UserError: Fewer clients than asked for, an algorithm that cannot average the method, a client without
-            examples, or a bank with paging.
+        UserError: Fewer clients than asked for, an algorithm that cannot average the method or the ranks, a
+            client without examples, or a bank with paging.
     """
 
     def __init__(
@@ -104,16 +67,15 @@ class Simulation:
             )
         if len(self.clients) < len(clients):
             raise user_error("clients", len(clients), "two clients have the same name")
+        if len({client.adapter for client in clients}) < len(clients):
+            raise user_error("clients", len(clients), "two clients have the same adapter")
         check_algorithm(self.options.algorithm, self.state.spec)
-        self._choose(0)
+        check_ranks(self.options.algorithm, self.state)
+        self.options.choose(self.clients, 0)
         for client in clients:
-            method = self.bank.specs[self.bank.id_of(client.adapter)].method
-            if not client.examples:
-                raise user_error(client.name, None, "has no examples")
-            if method != self.state.spec.method:
-                raise user_error(
-                    client.name, method, f"the global adapter is of method {self.state.spec.method}"
-                )
+            spec = self._spec(client.name)
+            check_client(self.options.algorithm, self.state.spec, spec)
+            _check_examples(client, len(self.trainer.tasks[spec.task].train))
 
     def run(self, rounds: int) -> list[RoundRecord]:
         """Run further rounds.
@@ -132,7 +94,7 @@ class Simulation:
     def round(self) -> RoundRecord:
         """Run one round: broadcast, local steps, server step. Raises UserError as `run` does."""
         number, begun = len(self.records), time.monotonic()
-        chosen = self._choose(number)
+        chosen = self.options.choose(self.clients, number)
         sent = {name: self._broadcast(name) for name in chosen}
         results = self._train(chosen, number)
         answers = [self.deliver(self._update_of(name, results[name])) for name in chosen]
@@ -173,10 +135,6 @@ class Simulation:
         for client in self.clients.values():
             self.load_global(client.adapter)
         return self.trainer.heldout(max_examples, lambda share: None)
-
-    def _choose(self, number: int) -> list[str]:
-        count = self.options.clients_per_round or len(self.clients)
-        return choose_clients(list(self.clients), count, seed=self.options.seed, round_number=number)
 
     def _spec(self, client: str) -> AdapterSpec:
         return self.bank.specs[self.bank.id_of(self.clients[client].adapter)]
@@ -233,12 +191,12 @@ class Simulation:
         return aggregation, ""
 
 
-def mean_loss(losses: Sequence[tuple[float | None, int]]) -> float | None:
-    """The mean by examples of (loss, examples), without those of None; None if there is no other."""
-    known = [(loss, examples) for loss, examples in losses if loss is not None]
-    if not known:
-        return None
-    return sum(loss * examples for loss, examples in known) / sum(examples for _, examples in known)
+def _check_examples(client: Client, available: int) -> None:
+    if not client.examples:
+        raise user_error(client.name, None, "has no examples")
+    outside = [example for example in client.examples if not 0 <= example < available]
+    if outside:
+        raise user_error(client.name, outside[0], f"its task has {available} training examples, from 0 on")
 
 
 def _largest(aggregation: Aggregation | None) -> float | None:

@@ -9,7 +9,8 @@ from typing import Any
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.data.labels.spec import LabelSpec
 from flora_train.federated.local_training import Client, LocalSteps
-from flora_train.federated.simulation import Deliver, RoundOptions, Simulation
+from flora_train.federated.rounds import RoundOptions
+from flora_train.federated.simulation import Deliver, Simulation
 from flora_train.federated.specs import client_spec, sparse_spec
 from flora_train.federated.state import GlobalState, initial_state
 from flora_train.runtime.checksum import fingerprint
@@ -28,6 +29,8 @@ def server_spec(method: str = "lora", **options: Any) -> AdapterSpec:
     options = {"lr": 5e-3, "steps": 1000, **options}
     if method == "sparse":
         return sparse_spec(spec("lora", "server", rank=3, **options), density=0.05, seed=3)
+    if method == "pure":
+        return spec("flora", "server", "pure", **{"rank": 3, "variant": "pure", **options})
     if method in ("lora", "flora"):
         options = {"rank": 3, **options}
     return spec(method, "server", **options)
@@ -58,12 +61,13 @@ def make_simulation(
     adapter: dict[str, Any] | None = None,
     base: str | None = None,
     local: LocalSteps | None = None,
+    guard: dict[str, Any] | None = None,
     **options: Any,
 ) -> Simulation:
     """Four clients with heads. ranks: of each client; options: of RoundOptions."""
     whole = server_spec(method, **(adapter or {}))
     specs = [client_spec(whole, name, rank) for name, rank in zip(NAMES, ranks, strict=True)]
-    trainer = federated_trainer(folder, specs, optimizer=optimizer)
+    trainer = federated_trainer(folder, specs, optimizer=optimizer, guard=guard)
     state = start_of(trainer, whole, base)
     rounds = RoundOptions(local=local or LocalSteps(batch_examples=4), **options)
     return Simulation(trainer, clients_of(specs), state, options=rounds, deliver=deliver)

@@ -15,7 +15,7 @@ from flora_train.data.labels.split import LabelSplit
 from flora_train.federated.bank_values import read_values, write_values
 from flora_train.federated.full_finetuning import FullFineTuning
 from flora_train.federated.local_training import Client, LocalSteps
-from flora_train.federated.simulation import RoundOptions
+from flora_train.federated.rounds import RoundOptions
 from flora_train.federated.specs import client_spec
 from flora_train.federated.values import AdapterValues
 from tests.unit.federated.harness import NAMES, clients_of, federated_trainer, server_spec
@@ -67,7 +67,7 @@ def trained_by_hand(full: FullFineTuning, client: Client, optimizer: str) -> dic
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_round_averages_what_each_client_s_own_loop_gives(tmp_path: Path, optimizer: str) -> None:
     full = make_full(tmp_path, optimizer, clients_per_round=2)
-    names = full._choose(0)
+    names = full.options.choose(full.clients, 0)
     clients = [full.clients[name] for name in names]
     by_hand = [trained_by_hand(full, client, optimizer) for client in clients]
     start = {name: own.detach().clone() for name, own in full.trainer.model.named_parameters()}

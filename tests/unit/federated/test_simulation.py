@@ -45,6 +45,8 @@ def recorded(updates: list[ClientUpdate]) -> Any:
         ("lora", "factor_mean", "sgd"),
         ("lora", "fedex", "adamw"),
         ("flora", "product_mean", "adamw"),
+        ("pure", "product_mean", "adamw"),
+        ("pure", "factor_mean", "adamw"),
         ("ia3", "factor_mean", "adamw"),
         ("sparse", "factor_mean", "adamw"),
         ("sparse", "factor_mean", "sgd"),
@@ -267,8 +269,15 @@ def test_the_global_adapter_can_be_loaded_into_the_bank(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"clients_per_round": 5}, r"clients_per_round = 5: there are 4 clients"),
-        ({"clients_per_round": -1}, r"ask for 1 to 4 in a round"),
+        ({"clients_per_round": 0}, r"clients_per_round = 0: there are 4 clients: ask for 1 to 4 in a round"),
+        ({"clients_per_round": 2, "min_clients": 3}, r"min_clients = 3: a round has 2 clients"),
+        ({"clients_at_once": 0}, r"clients_at_once = 0: must be at least 1"),
+        ({"min_clients": 0}, r"min_clients = 0: must be at least 1"),
+        ({"adapter": {"rank": 33}}, r"rank = 33: .*query is 32 x 32: it has 32 singular values"),
+        ({"ranks": (4, 3, 3, 3)}, r"client_0-lora = 4: its rank is above 3"),
+        ({"ranks": (2, 3, 3, 3), "algorithm": "fedex"}, r"client_0-lora = 2: fedex needs clients of rank 3"),
         ({"algorithm": "factor_means"}, r"Did you mean 'factor_mean'"),
+        ({"method": "ia3", "algorithm": "fedex"}, r"cannot average ia3"),
         (
             {"method": "flora", "algorithm": "fedex"},
             r"cannot average flora \(factor_mean or product_mean can\)",
@@ -282,17 +291,47 @@ def test_bad_options_are_refused_before_training(
         make_simulation(tmp_path, **options)
 
 
-def test_bad_clients_are_refused_before_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("clients", "message"),
+    [
+        ([("client_0", "client_0-lora", ())], "client_0: has no examples"),
+        ([("client_0", "client_0-lora", (0, 40))], "client_0 = 40: its task has 40 training examples"),
+        ([("client_0", "client_0-lora", (0,)), ("client_0", "client_1-lora", (0,))], "the same name"),
+        ([("client_0", "client_0-lora", (0,)), ("client_1", "client_0-lora", (0,))], "the same adapter"),
+        ([("client_0", "client_9-lora", (0,))], "client_9-lora"),
+    ],
+)
+def test_bad_clients_are_refused_before_training(tmp_path: Path, clients: Any, message: str) -> None:
     good = make_simulation(tmp_path)
-    clients = list(good.clients.values())
-    with pytest.raises(UserError, match="client_0: has no examples"):
-        Simulation(
-            good.trainer, [Client("client_0", clients[0].adapter, ())], good.state, options=good.options
-        )
-    with pytest.raises(UserError, match="the same name"):
-        Simulation(good.trainer, [clients[0], clients[0]], good.state, options=good.options)
-    with pytest.raises(UserError, match="batch_examples = 0"):
-        LocalSteps(batch_examples=0)
+    bad = [Client(*client) for client in clients]
+    with pytest.raises(UserError, match=message):
+        Simulation(good.trainer, bad, good.state, options=good.options)
+
+
+@pytest.mark.parametrize("steps", [{"batch_examples": 0}, {"epochs": 0}, {"steps": 0}, {"steps": 10**6}])
+def test_local_steps_are_at_least_one(steps: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=r"federated\.(local_)?\w+ = \d+: must be"):
+        LocalSteps(**steps)
+
+
+@pytest.mark.parametrize("policy", ["quarantine", "rollback"])
+def test_the_guard_of_one_round_does_not_count_in_the_next(tmp_path: Path, policy: str) -> None:
+    """A client that the guard stopped in one round takes part in the next one."""
+    simulation = make_simulation(tmp_path, guard={"policy": policy})
+    trainer, victim = simulation.trainer, simulation.bank.ids["client_2-lora"]
+    step, broken = trainer.step, [True]
+
+    def poisoned(number: int, plan: Any) -> None:
+        if broken[0]:
+            simulation.bank.row(victim)[0] = float("nan")
+        step(number, plan)
+
+    trainer.step = poisoned  # type: ignore[method-assign]
+    assert simulation.round().outcomes[2].status == "excluded"
+    assert bool(trainer.guard.quarantined) == (policy == "quarantine")
+    broken[0] = False
+    assert {outcome.status for outcome in simulation.round().outcomes} == {"accepted"}
+    assert not trainer.guard.quarantined
 
 
 def test_batches_cover_each_epoch_once_and_depend_on_client_and_round() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from flora_train.adapters.targets import dense_weight
 from flora_train.config.errors import UserError
 from flora_train.federated.local_training import LocalSteps
-from flora_train.federated.simulation import RoundOptions, Simulation
+from flora_train.federated.rounds import RoundOptions
+from flora_train.federated.simulation import Simulation
 from flora_train.federated.slora import second_stage
 from flora_train.federated.slora_sparse import dense_update
 from flora_train.federated.specs import client_spec
