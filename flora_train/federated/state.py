@@ -57,11 +57,16 @@ def initial_state(pool: Pool, spec: AdapterSpec, *, base: str, seed: int) -> Glo
     own = Pool(spec.method, [spec], pool.targets, pool.head)
     own.allocate(torch.device("cpu"))
     own.initialise(0, seed)
+    return GlobalState(spec, AdapterValues(own.row(0), own.head_row(0)), base, mask_of_pool(own))
+
+
+def mask_of_pool(pool: Pool) -> str | None:
+    """Digest of the masks of all layers, which a client states with its values; None without masks."""
     masks: dict[str, Tensor] = {}
-    for module in own.targets:
-        masks |= {f"{module}.{name}": tensor for name, tensor in own.constants(module).items()}
-    digest = mask_digest(masks) if masks else None
-    return GlobalState(spec, AdapterValues(own.row(0), own.head_row(0)), base, digest)
+    for module in pool.targets:
+        if "indices" in pool.constants(module):
+            masks[module] = pool.constants(module)["indices"]
+    return mask_digest(masks) if masks else None
 
 
 def factors_of(params: LayerValues, spec: AdapterSpec) -> Factors:

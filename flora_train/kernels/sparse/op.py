@@ -11,8 +11,8 @@ from flora_train.kernels.sparse.dense import DenseSparse
 from flora_train.kernels.sparse.gathered import GatheredSparse
 
 LARGEST_GATHERED_DENSITY = 0.01
-"""On a CPU, the share of a weight's entries up to which gathers are used instead of dense matmuls: about where
-both took the same time on one core of an EPYC (at 0.003, gathers took half of it)."""
+"""On a CPU, the share of a weight's entries up to which gathers are used instead of dense matmuls: about
+where both took the same time on one core of an EPYC (at 0.003, gathers took half of it)."""
 
 
 def sparse_add(y: Tensor, x: Tensor, values: Tensor, indices: Tensor, *, segments: Segments) -> Tensor:

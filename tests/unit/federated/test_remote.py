@@ -16,7 +16,7 @@ from flora_train.federated.participation import choose_clients
 from flora_train.federated.remote import Answer, answer_of, broadcast_to, collect_answers, update_of
 from flora_train.federated.server import aggregate
 from flora_train.federated.specs import client_spec
-from flora_train.federated.state import expected_of
+from flora_train.federated.state import expected_of, mask_of_pool
 from flora_train.federated.updates import sort_updates
 from tests.unit.federated.harness import (
     NAMES,
@@ -54,7 +54,7 @@ def test_separate_clients_give_the_adapter_of_the_simulation(tmp_path: Path, met
                 round_number=number,
                 seed=options.seed,
                 base="base",
-                mask=state.mask,
+                mask=mask_of_pool(trainers[name].bank.pools[0]),
             )
             assert all(isinstance(value, str | int | float) for value in answer.facts.values())
             updates.append(update_of(name, specs[name], answer, state))

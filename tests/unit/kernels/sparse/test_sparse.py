@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flora_train.kernels.segments import Segments
 from flora_train.kernels.sparse import gathered
@@ -93,6 +94,26 @@ def test_a_nan_of_one_adapter_changes_no_bit_of_the_others(count: int) -> None:
         results.append([*others, values.grad[[0, 2]]])
     for healthy, poisoned in zip(*results, strict=True):
         assert torch.equal(healthy, poisoned)
+
+
+@FORMS
+def test_no_dense_change_is_kept_for_each_adapter(form: Any) -> None:
+    """For 16 adapters no tensor has more numbers than two weights, forward and backward."""
+    sizes: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                sizes.append(result.untyped_storage().nbytes() // result.element_size())
+            return result
+
+    segments, indices = segments_of((2,) * 16), indices_of(30)
+    x, values = random(32, IN, seed=1).requires_grad_(), random(16, 30, seed=2).requires_grad_()
+    with Sizes():
+        form.apply(torch.zeros(32, OUT, device=DEVICE), x, values, indices, segments).sum().backward()
+    assert len(sizes) > 10
+    assert max(sizes) <= 2 * OUT * IN
 
 
 def test_shapes_that_do_not_agree_are_refused() -> None:
