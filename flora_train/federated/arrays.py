@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flora_train.config.errors import user_error
+from flora_train.federated.fedex import Residual
 from flora_train.federated.values import AdapterValues
 
 
@@ -52,3 +53,50 @@ def from_arrays(arrays: Sequence[NDArray[Any]], like: AdapterValues) -> AdapterV
         return torch.tensor(array, dtype=tensor.dtype, device=tensor.device)
 
     return like.map(as_tensor)
+
+
+def residual_arrays(residuals: Mapping[str, Residual]) -> list[NDArray[Any]]:
+    """One or two arrays per layer, in the order of the layers' names."""
+    arrays = []
+    for module in sorted(residuals):
+        arrays += [tensor.detach().cpu().numpy().copy() for tensor in residuals[module].tensors]
+    return arrays
+
+
+def residuals_from_arrays(
+    arrays: Sequence[NDArray[Any]], shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, Residual]:
+    """The residuals that `residual_arrays` made these arrays of.
+
+    Args:
+        arrays: In its order.
+        shapes: Layer -> (out, in), of all layers of the adapter.
+
+    Returns:
+        Layer -> residual.
+
+    Raises:
+        UserError: The arrays are not those of these layers.
+    """
+    left = [torch.tensor(np.ascontiguousarray(array)) for array in arrays]
+    residuals: dict[str, Residual] = {}
+    for module in sorted(shapes):
+        # Factors are sent only where their rank is below the width: no B has the shape of the weight.
+        count = 1 if left and tuple(left[0].shape) == shapes[module] else 2
+        tensors, left = tuple(left[:count]), left[count:]
+        if len(tensors) < count or _shape_of(tensors) != shapes[module]:
+            raise user_error(module, len(arrays), f"these arrays hold no residual of {shapes[module]}")
+        residuals[module] = Residual(tensors)
+    if left:
+        raise user_error("arrays", len(arrays), f"there are {len(left)} more than the layers need")
+    return residuals
+
+
+def _shape_of(tensors: tuple[Tensor, ...]) -> tuple[int, ...] | None:
+    """The shape of the matrix that one tensor is, or that two are the factors of; None if they are not."""
+    if len(tensors) == 1:
+        return tuple(tensors[0].shape)
+    B, A = tensors
+    if B.dim() != 2 or A.dim() != 2 or B.shape[1] != A.shape[0]:
+        return None
+    return B.shape[0], A.shape[1]

@@ -15,27 +15,34 @@ from flora_train.federated.low_rank import Factors
 
 @dataclass(frozen=True)
 class Residual:
-    """What the clients must add to a weight of their base, [out, in]."""
+    """What the clients must add to a weight of their base, [out, in], as it is sent."""
 
-    factors: Factors
-    """Its exact factors, of the sum of the clients' ranks, float64."""
-    dtype: torch.dtype
-    """That it is sent in."""
+    tensors: tuple[Tensor, ...]
+    """B [out, r] and A [r, in], whose product it is, or all its entries where these are fewer numbers."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it is sent in: its factors, or all its entries where these are fewer."""
-        outputs, inputs = self.factors.shape
-        numbers = min(self.factors.rank * (outputs + inputs), outputs * inputs)
-        return numbers * self.dtype.itemsize
+        """Bytes that are sent."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def dense(self) -> Tensor:
         """[out, in], float64."""
-        return self.factors.dense()
+        if len(self.tensors) == 1:
+            return self.tensors[0].double()
+        B, A = self.tensors
+        return B.double() @ A.double()
+
+
+def residual_of(factors: Factors, dtype: torch.dtype) -> Residual:
+    """The shorter form of a matrix: its factors or its entries, in this dtype."""
+    outputs, inputs = factors.shape
+    if factors.rank * (outputs + inputs) < outputs * inputs:
+        return Residual(((factors.scaling * factors.B).to(dtype), factors.A.to(dtype)))
+    return Residual((factors.dense().to(dtype),))
 
 
 def mean_with_residual(parts: Sequence[Factors], shares: Sequence[float]) -> tuple[Factors, Residual]:
-    """The mean of the factors, and R = sum_k w_k s B_k A_k - s mean(B) mean(A), exact.
+    """The mean of the factors, and R = sum_k w_k s B_k A_k - s mean(B) mean(A), exact but for its dtype.
 
     With the columns of all B_k and the rows of all A_k, R = [B_1 .. B_K] C [A_1; ..; A_K], where block (i, j)
     of C is s (w_i [i = j] - w_i w_j) times the identity. Source: Singhal et al., "FedEx-LoRA: Exact
@@ -62,4 +69,4 @@ def mean_with_residual(parts: Sequence[Factors], shares: Sequence[float]) -> tup
     core = torch.kron(blocks, torch.eye(rank, dtype=torch.float64)).to(mean.B.device)
     B = torch.cat([part.B.double() for part in parts], dim=1) @ core
     A = torch.cat([part.A.double() for part in parts])
-    return mean, Residual(Factors(A, B), mean.A.dtype)
+    return mean, residual_of(Factors(A, B), mean.A.dtype)

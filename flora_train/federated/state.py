@@ -99,7 +99,6 @@ def base_with(base: str, residuals: Mapping[str, Residual]) -> str:
         return base
     found = sha256(base.encode())
     for module in sorted(residuals):
-        factors = residuals[module].factors
-        digest = AdapterValues({module: {"A": factors.A, "B": factors.B}}).digest()
-        found.update(digest.encode())
+        tensors = {str(place): tensor for place, tensor in enumerate(residuals[module].tensors)}
+        found.update(AdapterValues({module: tensors}).digest().encode())
     return found.hexdigest()

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from flora_train.config.errors import UserError
-from flora_train.federated.arrays import from_arrays, to_arrays
+from flora_train.federated.arrays import from_arrays, residual_arrays, residuals_from_arrays, to_arrays
+from flora_train.federated.bank_values import add_to_base
+from flora_train.federated.fedex import Residual
 from flora_train.federated.participation import choose_clients
 from flora_train.federated.remote import Answer, answer_of, broadcast_to, collect_answers, update_of
 from flora_train.federated.server import aggregate
 from flora_train.federated.specs import client_spec
-from flora_train.federated.state import expected_of, mask_of_pool
+from flora_train.federated.state import base_with, expected_of, mask_of_pool
 from flora_train.federated.updates import sort_updates
 from tests.unit.federated.harness import (
     NAMES,
@@ -67,6 +69,71 @@ def test_separate_clients_give_the_adapter_of_the_simulation(tmp_path: Path, met
             state.values.tensors(), simulation.state.values.tensors(), strict=True
         ):
             assert float((mine - theirs).abs().max()) <= 1e-5
+
+
+def test_fedex_clients_that_missed_a_round_add_what_they_missed(tmp_path: Path) -> None:
+    """Each client's base is its own, and becomes that of the simulation when it gets the residuals."""
+    simulation = make_simulation(tmp_path, algorithm="fedex", clients_per_round=2, base="base")
+    whole = server_spec()
+    specs = {name: client_spec(whole, name) for name in NAMES}
+    trainers = {name: federated_trainer(tmp_path, [spec]) for name, spec in specs.items()}
+    clients = {name: clients_of([spec])[0] for name, spec in specs.items()}
+    bases, seen = dict.fromkeys(NAMES, "base"), dict.fromkeys(NAMES, 0)
+    state, history, options = start_of(trainers[NAMES[0]], whole, "base"), [], simulation.options
+    shapes = {
+        module: (target.out_features, target.in_features)
+        for module, target in simulation.bank.pools[0].targets.items()
+    }
+    gaps = set()
+    for number in range(4):
+        simulation.round()
+        chosen = choose_clients(NAMES, 2, seed=options.seed, round_number=number)
+        answers = {}
+        for name in chosen:
+            gaps.add(number - seen[name])
+            for missed in history[seen[name] :]:
+                residuals = residuals_from_arrays(residual_arrays(missed), shapes)
+                add_to_base(trainers[name].bank, residuals)
+                bases[name] = base_with(bases[name], residuals)
+            seen[name] = number
+            sent = broadcast_to(state, specs[name])
+            answers[name] = answer_of(
+                trainers[name],
+                clients[name],
+                sent,
+                local=options.local,
+                round_number=number,
+                seed=options.seed,
+                base=bases[name],
+            )
+        accepted, outcomes = collect_answers(chosen, answers, specs, state)
+        assert [outcome.reason for outcome in outcomes] == ["", ""]
+        state = aggregate(state, accepted, "fedex").state
+        history.append(state.residuals)
+        assert state.residual_bytes > 0
+        for (_, mine), (_, theirs) in zip(
+            state.values.tensors(), simulation.state.values.tensors(), strict=True
+        ):
+            assert float((mine - theirs).abs().max()) <= 1e-5
+    assert max(gaps) > 1
+
+
+def test_arrays_that_hold_no_residual_are_refused() -> None:
+    factors = Residual((torch.ones(5, 1), torch.ones(1, 4)))
+    dense = Residual((torch.ones(2, 3),))
+    shapes = {"a": (5, 4), "b": (2, 3)}
+    arrays = residual_arrays({"b": dense, "a": factors})
+    again = residuals_from_arrays(arrays, shapes)
+    assert torch.equal(again["a"].dense(), factors.dense())
+    assert torch.equal(again["b"].dense(), dense.dense())
+    with pytest.raises(UserError, match="1 more than the layers need"):
+        residuals_from_arrays([*arrays, arrays[0]], shapes)
+    with pytest.raises(UserError, match="hold no residual"):
+        residuals_from_arrays(arrays[:2], shapes)
+    with pytest.raises(UserError, match="hold no residual"):
+        residuals_from_arrays([arrays[0], arrays[1][:, :2], arrays[2]], shapes)
+    with pytest.raises(UserError, match="hold no residual"):
+        residuals_from_arrays([arrays[0], arrays[1].T, arrays[2]], shapes)
 
 
 def test_arrays_hold_the_values_and_nothing_else(tmp_path: Path) -> None:
