@@ -73,10 +73,13 @@ def test_separate_clients_give_the_adapter_of_the_simulation(tmp_path: Path, met
 
 def test_fedex_clients_that_missed_a_round_add_what_they_missed(tmp_path: Path) -> None:
     """Each client's base is its own, and becomes that of the simulation when it gets the residuals."""
-    simulation = make_simulation(tmp_path, algorithm="fedex", clients_per_round=2, base="base")
-    whole = server_spec()
+    sgd: dict[str, Any] = {"optimizer": "sgd"}
+    simulation = make_simulation(
+        tmp_path, algorithm="fedex", clients_per_round=2, base="base", adapter={"lr": 0.2}, **sgd
+    )
+    whole = server_spec(lr=0.2)
     specs = {name: client_spec(whole, name) for name in NAMES}
-    trainers = {name: federated_trainer(tmp_path, [spec]) for name, spec in specs.items()}
+    trainers = {name: federated_trainer(tmp_path, [spec], **sgd) for name, spec in specs.items()}
     clients = {name: clients_of([spec])[0] for name, spec in specs.items()}
     bases, seen = dict.fromkeys(NAMES, "base"), dict.fromkeys(NAMES, 0)
     state, history, options = start_of(trainers[NAMES[0]], whole, "base"), [], simulation.options
