@@ -77,6 +77,8 @@ class Pool:
         self.frozen = self.method.frozen_parameters(specs[0])
         """Parameters of the layers that are not trained: they get no gradient, and no update."""
         self._rate_columns: Tensor | None = None
+        self._constants: dict[str, dict[str, Tensor]] = {}
+        """Module -> what the method's `constants` are there, on the device."""
         self.row_size = 0
         for name, target in targets.items():
             self.layout[name] = {}
@@ -212,17 +214,32 @@ class Pool:
                 params[p] = leaf.detach()  # not copied
             else:
                 params[p] = leaf.detach().index_select(0, slots)
-        return params
+        return params | self._shared(module, len(slots))
 
     def views(self, module: str, slots: slice) -> dict[str, Tensor]:
         """Parameter -> [K, ...] for the adapters in consecutive rows, without a copy and without
         gradients."""
-        return {p: leaf.detach()[slots] for p, leaf in self._leaves[module].items()}
+        params = {p: leaf.detach()[slots] for p, leaf in self._leaves[module].items()}
+        return params | self._shared(module, slots.stop - slots.start)
 
     def gather_one(self, module: str, param: str, slots: Tensor) -> Tensor:
         """One of the parameters of `gather`."""
         leaf, gradient = self._leaves[module][param], self._leaf_gradients[module][param]
         return GatherRows.apply(leaf, gradient, slots)
+
+    def _shared(self, module: str, adapters: int) -> dict[str, Tensor]:
+        """The constants of a layer, the same in the row of each adapter."""
+        constants = self.constants(module)
+        return {name: tensor.expand(adapters, *tensor.shape) for name, tensor in constants.items()}
+
+    def constants(self, module: str) -> dict[str, Tensor]:
+        """Name -> tensor that all adapters share on this layer, on the device. They are made once."""
+        if module not in self._constants:
+            made: dict[str, Tensor] = {}
+            if module in self.targets:  # else a router's
+                made = self.method.constants(self.specs[0].at(module), self.targets[module])
+            self._constants[module] = {name: tensor.to(self.values.device) for name, tensor in made.items()}
+        return self._constants[module]
 
     def _views(self, storage: Tensor, module: str, leaf: bool = False) -> dict[str, Tensor]:
         return self._views_of(storage, self.layout[module], leaf)
@@ -253,7 +270,7 @@ def pool_key(spec: AdapterSpec) -> tuple[object, ...]:
     layers = spec.exclude_modules, spec.layers_to_transform, spec.layers_pattern, spec.parent_module
     targets = spec.target_modules, spec.target_parameters, spec.feedforward_modules
     routes = spec.experts, _gate_key(spec.gate)
-    return spec.method, ranks, *targets, *layers, spec.head, *routes
+    return spec.method, ranks, *targets, *layers, spec.head, *routes, spec.mask
 
 
 def _gate_key(gate: Gate | None) -> Gate | None:

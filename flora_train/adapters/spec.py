@@ -8,6 +8,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
+from flora_train.adapters.sparse_mask import SparseMask
 from flora_train.config.adapter_schema import (
     DEFAULT_BALANCE_LOSS,
     DEFAULT_EXPERTS,
@@ -137,6 +138,8 @@ class AdapterSpec:
     """Of mixlora and switch; None for all other methods."""
     gate: Gate | None = None
     """Of meteora; None for all other methods."""
+    mask: SparseMask | None = None
+    """sparse: the entries that the adapter changes; None for all other methods."""
 
     @property
     def writes_text(self) -> bool:
@@ -183,7 +186,7 @@ class AdapterSpec:
 
     def at(self, module: str) -> AdapterSpec:
         """The adapter as it is on one module: with the rank, alpha and scaling there, without patterns."""
-        return _spec_at(self, module) if self.has_patterns else self
+        return _spec_at(self, module) if self.has_patterns or self.mask else self
 
 
 @lru_cache(maxsize=2**16)
@@ -197,6 +200,7 @@ def _spec_at(spec: AdapterSpec, module: str) -> AdapterSpec:
         scaling=scaling_of(rank, alpha, spec.rslora),
         rank_pattern=(),
         alpha_pattern=(),
+        mask=None if spec.mask is None else replace(spec.mask, module=module),
     )
 
 

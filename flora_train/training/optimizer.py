@@ -67,6 +67,15 @@ class BankOptimizer:
         self.steps = [state["steps"].get(spec.name, 0) for spec in self.bank.specs]
 
     @torch.no_grad()
+    def reset(self, adapters: Iterable[int]) -> None:
+        """Forget moments, averages and step counts of these adapters; their values stay."""
+        for adapter in adapters:
+            self.steps[adapter] = 0
+            for name, row in self.bank.state(adapter).items():
+                if name != "values":
+                    row.zero_()
+
+    @torch.no_grad()
     def step(self, adapters: Iterable[int], anomalous: Collection[int] = ()) -> dict[int, AdapterStep]:
         """Update these adapters from the gradients in their pools, then clear those gradients. anomalous:
         adapters that must not change.

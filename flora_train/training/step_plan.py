@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flora_train.adapters.bank import AdapterBank
@@ -94,8 +94,24 @@ def plan_step(
     mixture: TaskMixture, number: int, tasks: Mapping[str, Task], bank: AdapterBank, max_tokens: int
 ) -> StepPlan | None:
     """Step `number` (from 0), or None when every adapter has left."""
-    rows = _StepRows(mixture.seed, number, bank)
-    for draw in mixture.step(number):
+    return plan_draws(
+        mixture.step(number), tasks, bank, number=number, seed=mixture.seed, max_tokens=max_tokens
+    )
+
+
+def plan_draws(
+    draws: Iterable[Draw],
+    tasks: Mapping[str, Task],
+    bank: AdapterBank,
+    *,
+    number: int,
+    seed: int,
+    max_tokens: int,
+) -> StepPlan | None:
+    """A step of these draws, or None without rows. number, seed: what the noise of its inputs depends on;
+    max_tokens: padded tokens of a micro-batch."""
+    rows = _StepRows(seed, number, bank)
+    for draw in draws:
         task = tasks[draw.task]
         if task.embedding is not None:
             rows.add_embeddings(draw, task)

@@ -8,11 +8,11 @@ from flora_train.adapters.methods.ia3 import Ia3
 from flora_train.adapters.methods.lora import Lora
 from flora_train.adapters.methods.meteora import Meteora
 from flora_train.adapters.methods.mixlora import MixLora
+from flora_train.adapters.methods.sparse import Sparse
 from flora_train.adapters.methods.switch import Switch
 
-METHODS: dict[str, AdapterMethod] = {
-    method.name: method
-    for method in (Flora(), Lora(), Dora(), Ia3(), HeadOnly(), MixLora(), Meteora(), Switch())
-}
+PLAIN: tuple[AdapterMethod, ...] = (Flora(), Lora(), Dora(), Ia3(), HeadOnly(), Sparse())
+ROUTED: tuple[AdapterMethod, ...] = (MixLora(), Meteora(), Switch())
+METHODS: dict[str, AdapterMethod] = {method.name: method for method in (*PLAIN, *ROUTED)}
 
 __all__ = ["METHODS", "AdapterMethod", "Params", "Site", "Target", "TargetMember"]

@@ -105,6 +105,11 @@ class AdapterMethod(ABC):
         """The parameters that are not trained."""
         return frozenset()
 
+    def constants(self, spec: AdapterSpec, target: Target) -> dict[str, Tensor]:
+        """Tensors that all adapters of a pool share on one layer, which `forward` gets beside the
+        parameters: name -> tensor."""
+        return {}
+
     @abstractmethod
     def initialise(self, params: Params, spec: AdapterSpec, generator: torch.Generator) -> None:
         """Fill the parameters of one adapter (float32, CPU) so that the layer computes what the base layer
@@ -125,7 +130,8 @@ class AdapterMethod(ABC):
         feedforward: bool,
         segments: Segments,
     ) -> Tensor:
-        """Outputs [T, out] for tokens x [T, in] of K adapters; params: [K, ...] each, row k for segment k."""
+        """Outputs [T, out] for tokens x [T, in] of K adapters; params: [K, ...] each, row k for segment k,
+        and `constants`, the same in each row."""
 
     def single(
         self, base: Callable[[Tensor], Tensor], params: Params, spec: AdapterSpec, feedforward: bool
