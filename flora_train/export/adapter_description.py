@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from flora_train.adapters.peft_config import CONFIG
+from flora_train.adapters.routed.expert_names import expert_name
 from flora_train.adapters.routed.folder import ROUTING, is_routed_folder
-from flora_train.adapters.routed.parts import expert_name
 from flora_train.config.errors import user_error
 from flora_train.config.json_format import read_object
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import yaml
 
+from flora_train.adapters.routed.expert_names import SHARED
 from flora_train.adapters.routed.folder import HEAD, ROUTERS, ROUTING
-from flora_train.adapters.routed.parts import SHARED
 from flora_train.adapters.spec import AdapterSpec, rank_text
 from flora_train.config.errors import user_error
 from flora_train.config.json_format import parse_object

@@ -14,7 +14,7 @@ from torch import Tensor
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.peft_config import CONFIG
 from flora_train.adapters.routed.init_from import activation_of
-from flora_train.adapters.routed.parts import Part, parts_of, routers_of
+from flora_train.adapters.routed.parts import Part, expert_parts, routers_of
 from flora_train.adapters.routed.published import (
     LAYERS,
     MODEL_TYPES,
@@ -65,7 +65,7 @@ def check_layers(bank: AdapterBank, name: str) -> None:
     pool, member = bank.location[bank.id_of(name)]
     layers = {str(number) for number in range(model.config.num_hidden_layers)}
     adapted: dict[str, set[str]] = defaultdict(set)
-    for part in parts_of(pool, pool.specs[member]):
+    for part in expert_parts(pool, pool.specs[member]):
         for module in part.targets:
             if tensor_name(module, "lora_A.weight", part.expert) is None:
                 hint = f"adapts {module}, which package mixlora does not: {AS_MIXLORA} cannot hold it"
@@ -93,7 +93,7 @@ def export_mixlora(
     check_layers(bank, name)
     if not replace:
         check_new(folder)
-    parts = parts_of(pool, spec)
+    parts = expert_parts(pool, spec)
     tensors = _tensors(bank, name, parts)
     config = _config(bank.model, spec, parts, base)
     with temporary_folder(folder) as temporary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.routed.expert_names import SHARED
 from flora_train.adapters.routed.folder import FORMAT, HEAD, ROUTERS, ROUTING
-from flora_train.adapters.routed.parts import SHARED, Part, parts_of, routers_of
+from flora_train.adapters.routed.gate_parts import GatePart
+from flora_train.adapters.routed.parts import Part, parts_of, routers_of
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.export.label_names import labels_content
 from flora_train.export.loadability import loadability_of
@@ -74,7 +77,11 @@ def export_routed(
 
 
 def _write_part(
-    bank: AdapterBank, part: Part, parameters: dict[str, dict[str, Tensor]], folder: Path, base: BaseModel
+    bank: AdapterBank,
+    part: Part | GatePart,
+    parameters: dict[str, dict[str, Tensor]],
+    folder: Path,
+    base: BaseModel,
 ) -> None:
     """The folder of a PEFT adapter."""
     folder.mkdir()
@@ -89,25 +96,30 @@ def _write_part(
 
 
 def _routing(
-    spec: AdapterSpec, parts: list[Part], routers: dict[str, Tensor], base: BaseModel
+    spec: AdapterSpec, parts: Sequence[Part | GatePart], routers: dict[str, Tensor], base: BaseModel
 ) -> dict[str, Any]:
     """The content of routing.json."""
-    assert spec.experts is not None
-    experts = spec.experts
-    return {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "method": spec.method,
         "base_model_name_or_path": base.path,
         "revision": base.revision,
+        "shared": any(part.name == SHARED for part in parts),
+        "pooling": spec.pooling,
+        "blocks": list(routers),
+    }
+    if spec.gate is not None:
+        names = [member.name for member in spec.gate.members]
+        return content | {"experts": len(names), "members": names, "top_k": spec.gate.top_k, "top_p": 1.0}
+    experts = spec.experts
+    assert experts is not None
+    return content | {
         "expert": experts.method,
         "experts": experts.count,
         "top_k": experts.top_k,
         "top_p": experts.top_p,
         "balance_loss": experts.balance_loss,
         "jitter": experts.jitter,
-        "shared": any(part.name == SHARED for part in parts),
-        "pooling": spec.pooling,
-        "blocks": list(routers),
     }
 
 

@@ -10,14 +10,17 @@ IMPORTS = (
     "from peft import PeftModel",
     "from safetensors.torch import load_file",
 )
-LOADER = """\
+PARTS = """\
 with open(f"{folder}/routing.json") as file:
     routing = json.load(file)
 parts = [f"expert_{e}" for e in range(routing["experts"])] + ["shared"] * routing["shared"]
 model = PeftModel.from_pretrained(base, f"{folder}/{parts[0]}", adapter_name=parts[0]).eval()
 for part in parts[1:]:
     model.load_adapter(f"{folder}/{part}", adapter_name=part)
-model.base_model.set_adapter(parts[-1])
+model.base_model.set_adapter(parts[-1])"""
+"""Loads the parts as adapters of one model. Needs `folder` and `base`."""
+LOADER = f"""\
+{PARTS}
 
 
 def route(block, router):
@@ -31,19 +34,50 @@ def route(block, router):
         y = 0
         for e in range(routing["experts"]):
             for layer in layers:
-                layer.set_adapter(f"expert_{e}")
+                layer.set_adapter(f"expert_{{e}}")
             y = y + forward(x) * (weights * (experts == e)).sum(-1, keepdim=True)
         return y
 
     block.forward = routed
 
 
-for name, router in load_file(f"{folder}/router.safetensors").items():
+for name, router in load_file(f"{{folder}}/router.safetensors").items():
     route(base.get_submodule(name), router)"""
-"""Needs `folder` and `base`. Computes every expert for every token: it is short, not fast."""
+"""Of mixlora and meteora. Computes every expert for every token: it is short, not fast."""
+SWITCH_LOADER = f"""\
+{PARTS}
+((name, router),) = load_file(f"{{folder}}/router.safetensors").items()
+first, chosen = base.get_submodule(name), {{}}
 
 
-def loading_lines(source: str, subfolder: str | None, base: str, reader: str) -> list[str]:
+def route(layer):
+    forward = layer.forward
+
+    def routed(x):
+        if layer is first:
+            weights, experts = (x.float() @ router.to(x.device).T).softmax(-1).topk(routing["top_k"])
+            chosen["weights"], chosen["experts"] = weights / weights.sum(-1, keepdim=True), experts
+        y = 0
+        for e in range(routing["experts"]):
+            layer.set_adapter(f"expert_{{e}}")
+            weight = (chosen["weights"] * (chosen["experts"] == e)).sum(-1, keepdim=True)
+            y = y + forward(x) * weight.to(x.dtype)
+        return y
+
+    layer.forward = routed
+
+
+for module in list(base.modules()):
+    if hasattr(module, "set_adapter") and hasattr(module, "base_layer"):
+        route(module)"""
+"""Of switch: the router reads the input of the first adapted layer, and its choice holds in all of them."""
+LOADERS = {"mixlora": LOADER, "meteora": LOADER, "switch": SWITCH_LOADER}
+"""Method -> the lines that load it. Needs `folder` and `base`."""
+
+
+def loading_lines(
+    source: str, subfolder: str | None, base: str, reader: str, *, method: str = "mixlora"
+) -> list[str]:
     """The lines that load a routed adapter as `model`. base: arguments of from_pretrained; reader: the class
     of the tokenizer; source, subfolder: a local folder, or a repository on the hub and a folder there."""
     imports = [*IMPORTS, f"from transformers import AutoModelForCausalLM, {reader}"]
@@ -58,6 +92,6 @@ def loading_lines(source: str, subfolder: str | None, base: str, reader: str) ->
         "",
         f"folder = {folder}",
         f"base = AutoModelForCausalLM.from_pretrained({base})",
-        *LOADER.split("\n"),
+        *LOADERS[method].split("\n"),
         "",
     ]

@@ -108,7 +108,8 @@ def usage_snippet(
     if adapter_config["task_type"] == EMBEDDINGS:
         return _embed(adapter_config, source, subfolder)
     if ROUTED in adapter_config:
-        load = loading_lines(source, subfolder, base, example.tokenizer[0])
+        method = adapter_config[ROUTED]["method"]
+        load = loading_lines(source, subfolder, base, example.tokenizer[0], method=method)
         return "\n".join([*load, *_complete(base, example)])
     imports = ["from peft import PeftModel"]
     if adapter_config["peft_type"] == "FLORA":

@@ -18,7 +18,7 @@ from torch import Tensor
 from flora_train.adapters.peft_config import check_harmless
 from flora_train.adapters.peft_equivalents import PeftAdapter, as_lora
 from flora_train.adapters.peft_tensors import check_tensors, read_files
-from flora_train.adapters.routed.parts import SHARED, expert_name
+from flora_train.adapters.routed.expert_names import SHARED, expert_name
 from flora_train.config.errors import first_line, user_error
 from flora_train.config.paths import find_file
 

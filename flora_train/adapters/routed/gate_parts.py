@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from flora_train.adapters.methods import Target
-from flora_train.adapters.methods.meteora import GATE, member_views
+from flora_train.adapters.methods.meteora import member_views
 from flora_train.adapters.pool import Pool
+from flora_train.adapters.routed.expert_names import expert_name
 from flora_train.adapters.spec import AdapterSpec
 
 
@@ -18,6 +19,7 @@ class GatePart:
     """A member of a gate."""
 
     name: str
+    """`expert_0` and so on, as those of other routed adapters."""
     spec: AdapterSpec
     """Of its own method."""
     targets: Mapping[str, Target]
@@ -50,10 +52,5 @@ def gate_parts(pool: Pool, spec: AdapterSpec) -> list[GatePart]:
             if feedforward is not None:
                 targets[module] = replace(target, feedforward=feedforward, members=())
         plain = replace(member, init_from=None)
-        parts.append(GatePart(member.name, plain, targets, number, spec, pool.targets))
+        parts.append(GatePart(expert_name(number), plain, targets, number, spec, pool.targets))
     return parts
-
-
-def gates_in(parameters: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Module -> its gate [N, in], a view."""
-    return {module: params[GATE] for module, params in parameters.items()}

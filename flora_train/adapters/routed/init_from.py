@@ -18,7 +18,7 @@ from flora_train.adapters.peft_config import PeftConfig
 from flora_train.adapters.peft_tensors import PREFIX, suffixes_of, with_whole_names
 from flora_train.adapters.pool import Pool, build_pools
 from flora_train.adapters.routed.folder import RoutedAdapter, is_routed_folder, read_routed
-from flora_train.adapters.routed.parts import Part, parts_of
+from flora_train.adapters.routed.parts import Part, expert_parts
 from flora_train.adapters.routed.published import is_published_folder, read_published
 from flora_train.adapters.spec import AdapterSpec, make_spec, scaling_of
 from flora_train.adapters.targets import shortest_suffixes
@@ -165,7 +165,7 @@ def values_of(pool: Pool, spec: AdapterSpec, theirs: RoutedAdapter, key: str) ->
     """
     values: dict[str, dict[str, Tensor]] = {}
     stacks: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
-    parts = parts_of(pool, spec)
+    parts = expert_parts(pool, spec)
     names = {part.name for part in parts}
     if names != set(theirs.parts):
         different = min(names ^ set(theirs.parts))

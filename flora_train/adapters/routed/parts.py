@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from flora_train.adapters.methods import METHODS, Target
+from flora_train.adapters.methods.meteora import GATE
 from flora_train.adapters.methods.mixlora import ROUTER
 from flora_train.adapters.pool import Pool
+from flora_train.adapters.routed.expert_names import SHARED, expert_name
+from flora_train.adapters.routed.gate_parts import GatePart, gate_parts
 from flora_train.adapters.spec import AdapterSpec
-
-SHARED = "shared"
-"""Name of the part that holds the layers without experts."""
 
 Parameters = Mapping[str, Mapping[str, Tensor]]
 """Module -> parameter -> tensor."""
@@ -44,18 +44,19 @@ class Part:
         return views
 
 
-def expert_name(expert: int) -> str:
-    """The name of an expert's part."""
-    return f"expert_{expert}"
-
-
 def plain_spec(spec: AdapterSpec) -> AdapterSpec:
     """An expert of a routed adapter as an adapter of its own, without head."""
     assert spec.experts is not None
     return replace(spec, method=spec.experts.method, experts=None, head=None, labels=None)
 
 
-def parts_of(pool: Pool, spec: AdapterSpec) -> list[Part]:
+def parts_of(pool: Pool, spec: AdapterSpec) -> Sequence[Part | GatePart]:
+    """The plain adapters that a routed one is made of: its experts and its layers without experts, or the
+    members of its gate."""
+    return expert_parts(pool, spec) if spec.gate is None else gate_parts(pool, spec)
+
+
+def expert_parts(pool: Pool, spec: AdapterSpec) -> list[Part]:
     """The experts of a routed adapter, in order, and the layers without experts, if there are some.
 
     A layer has experts where its parameters are stacks over them.
@@ -74,11 +75,16 @@ def parts_of(pool: Pool, spec: AdapterSpec) -> list[Part]:
     return parts
 
 
-def distinct_parts(parts: Sequence[Part]) -> list[Part]:
-    """One part of each kind: the experts have the same layers and shapes."""
-    return [part for part in parts if part.expert in (None, 0)]
+def distinct_parts(parts: Sequence[Part | GatePart]) -> list[Part | GatePart]:
+    """One part of each kind: the experts have the same layers and shapes, and members of a gate need not."""
+    return [part for part in parts if isinstance(part, GatePart) or part.expert in (None, 0)]
 
 
 def routers_of(parameters: Parameters) -> dict[str, Tensor]:
-    """Module -> its router [E, in], a view."""
-    return {module: params[ROUTER] for module, params in parameters.items() if ROUTER in params}
+    """Module -> its router or gate [E, in], a view."""
+    routers: dict[str, Tensor] = {}
+    for module, params in parameters.items():
+        for name in ROUTER, GATE:
+            if name in params:
+                routers[module] = params[name]
+    return routers

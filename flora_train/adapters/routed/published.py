@@ -18,8 +18,8 @@ from torch import Tensor
 from flora_train.adapters.peft_config import CONFIG, PeftConfig, check_harmless
 from flora_train.adapters.peft_equivalents import PeftAdapter
 from flora_train.adapters.peft_tensors import PREFIX, check_tensors
+from flora_train.adapters.routed.expert_names import SHARED, expert_name
 from flora_train.adapters.routed.folder import RoutedAdapter, RoutingFile, check_routed
-from flora_train.adapters.routed.parts import SHARED, expert_name
 from flora_train.config.errors import first_line, user_error
 from flora_train.config.json_format import JsonObject, parse_object
 from flora_train.config.paths import find_file

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.methods.meteora import GATE
 from flora_train.adapters.methods.mixlora import ROUTER
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.data.batch import Collate
@@ -47,9 +48,10 @@ class LoadRecorder:
         for pool, member in bank.location:
             spec = pool.specs[member]
             for module, layout in pool.layout.items():
-                if spec.is_routed and ROUTER in layout:
-                    _, (experts, _) = layout[ROUTER]
-                    self.counts[spec.name, module] = _empty(experts, bank.device)
+                for router in (ROUTER, GATE):
+                    if spec.is_routed and router in layout:
+                        _, (experts, _) = layout[router]
+                        self.counts[spec.name, module] = _empty(experts, bank.device)
 
     def add(self, spec: AdapterSpec, module: str, *, experts: Tensor, probabilities: Tensor) -> None:
         """Add the choices [T, k] and the probabilities [T, E] of some tokens."""
@@ -126,7 +128,8 @@ def _load(spec: AdapterSpec, recorder: LoadRecorder, tasks: Mapping[str, Task]) 
     if not layers or spec.task not in tasks:
         return None
     examples = min(MAX_EXAMPLES, len(tasks[spec.task].validation))
-    top_k = 1 if spec.experts is None else spec.experts.top_k
+    rule = spec.experts or spec.gate
+    top_k = 1 if rule is None else rule.top_k
     return ExpertLoad(
         adapter=spec.name, task=spec.task, examples=examples, tokens=tokens, top_k=top_k, layers=layers
     )
