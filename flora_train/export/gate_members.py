@@ -35,7 +35,7 @@ def members_of(bank: AdapterBank, adapter: int) -> dict[str, dict[str, dict[str,
     pool, _ = bank.location[adapter]
     spec = bank.specs[adapter]
     parameters = bank.parameters_of(spec.name)
-    return {part.name: part.parameters(parameters) for part in gate_parts(pool, spec)}
+    return {part.member: part.parameters(parameters) for part in gate_parts(pool, spec)}
 
 
 def values_from_peft(

@@ -20,6 +20,8 @@ class GatePart:
 
     name: str
     """`expert_0` and so on, as those of other routed adapters."""
+    member: str
+    """Its own name."""
     spec: AdapterSpec
     """Of its own method."""
     targets: Mapping[str, Target]
@@ -52,5 +54,5 @@ def gate_parts(pool: Pool, spec: AdapterSpec) -> list[GatePart]:
             if feedforward is not None:
                 targets[module] = replace(target, feedforward=feedforward, members=())
         plain = replace(member, init_from=None)
-        parts.append(GatePart(expert_name(number), plain, targets, number, spec, pool.targets))
+        parts.append(GatePart(expert_name(number), member.name, plain, targets, number, spec, pool.targets))
     return parts
