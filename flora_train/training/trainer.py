@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flora_train.adapters.routed.balance import balance_losses
+from flora_train.adapters.routed.gate_loss import gate_losses
 from flora_train.adapters.routing import RowNoise
 from flora_train.adapters.spec import BASE_ID
 from flora_train.data.batch import MixedBatch, Row, padded_tokens, prefetch, share_of_rank
@@ -34,7 +35,7 @@ from flora_train.training.heldout import HeldOut, evaluate_heldout, heldout_metr
 from flora_train.training.label_loss import LabelLosses
 from flora_train.training.loss import RowLosses
 from flora_train.training.metrics import MetricLogger, NullMetricLogger, tracker_keys
-from flora_train.training.objectives import BALANCE, MicrobatchLoss, RowNats, StepSums, StepTotals
+from flora_train.training.objectives import ROUTER_LOSS, MicrobatchLoss, RowNats, StepSums, StepTotals
 from flora_train.training.optimizer import sum_gradients
 from flora_train.training.packing_check import check_packing
 from flora_train.training.pooling import sum_of
@@ -156,18 +157,20 @@ class Trainer(ResumableTraining):
             if frozen is None:
                 run_dummy_frozen_pass(self.row_losses, self.bank, plan.microbatches, i)
             learnt = self.learnt_pass(rows, number, plan)
-            self._count_balance(sums)
+            self._count_router_losses(sums)
             self.microbatch_loss(learnt, frozen, plan=plan, sums=sums).backward()
         run_dummy_passes(self.row_losses, self.bank, plan.microbatches)
         return sums.sums
 
-    def _count_balance(self, sums: StepSums) -> None:
-        """Add the balance losses of the routers in the forward that has just run."""
+    def _count_router_losses(self, sums: StepSums) -> None:
+        """Add the losses of the routers and gates in the forward that has just run."""
         routing = self.bank.router.routing
-        losses = {} if routing is None else balance_losses(routing)
+        if routing is None:
+            return
+        losses = balance_losses(routing) | gate_losses(routing)
         for name, loss in losses.items():
             adapter = torch.tensor([self.bank.ids[name]], device=loss.device)
-            sums.add(BALANCE, adapter, loss[None])
+            sums.add(ROUTER_LOSS, adapter, loss[None])
 
     def frozen_pass(self, rows: Sequence[Row]) -> RowNats | None:
         """The forward of the rows that get no gradient, without dropout; None if there are none."""

@@ -136,7 +136,12 @@ def test_the_loss_of_the_gate_makes_it_choose_the_member_of_the_row(tmp_path: Pa
     split = trainer.tasks["b"].train
     for document, member in enumerate(split.targets):
         split.tokens[split.offsets[document] : split.offsets[document + 1]] = 10 + int(member)
-    train_together(trainer, plans_of(trainer))
+    plans = plans_of(trainer)
+    losses = []
+    for part in (plans[:1], plans[1:-1], plans[-1:]):
+        train_together(trainer, part)
+        losses.append(trainer.metrics.flush()[gate.name]["gate_loss"])
+    assert losses[0] > 2 * losses[2] > 0
     for number, name in enumerate(IDS["b"]):
         recorder = Recorder()
         trainer.bank.router.recorder = recorder
