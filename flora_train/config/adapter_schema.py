@@ -358,19 +358,6 @@ class AdapterConfig(ConfigModel):
             raise ValueError(f"and warmup_steps = {steps} both set the warm-up: remove one of them")
         return warmup_ratio
 
-    @field_validator("init_from")
-    @classmethod
-    def _begins_with_experts(cls, init_from: str | None, info: ValidationInfo) -> str | None:
-        method = info.data.get("method")
-        if init_from is not None and method in ROUTED:
-            hint = (
-                f"has no meaning for method {method}, because a PEFT adapter has neither router nor experts"
-            )
-            if method == "meteora":
-                hint += " (over names the adapters that its gate chooses from)"
-            raise ValueError(f"{hint}: remove it")
-        return init_from
-
     @property
     def balances_load(self) -> bool:
         """Whether the load of its experts is balanced, which couples the rows of a draw."""

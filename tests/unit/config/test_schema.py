@@ -75,7 +75,7 @@ def test_errors_of_all_sections_are_reported_together_with_key_value_and_hint() 
         "tasks.lua.weight": ("0", "more than 0"),
         "tasks.perl.completion": ("", "prompt and completion belong together"),
         "tasks.perl.text": ("'code'", "not both"),
-        "adapters.lora.method": ("'lorra'", "flora, head, ia3 or lora. Did you mean 'lora'?"),
+        "adapters.lora.method": ("'lorra'", "lora, meteora, mixlora or switch. Did you mean 'lora'?"),
         "adapters.lora.rank": ("-3", "at least 1"),
         "adapters.lora.lr": ("", "is required"),
         "adapters.lora.target_modules": ("3", "must be a list, or must be all-linear, default or query-key"),
@@ -98,7 +98,11 @@ def test_errors_of_all_sections_are_reported_together_with_key_value_and_hint() 
 @pytest.mark.parametrize(
     ("changes", "key", "hint"),
     [
-        ({"adapters__ia3__rank": 4}, "adapters.ia3.rank", "it belongs to flora, lora and dora: remove it"),
+        (
+            {"adapters__ia3__rank": 4},
+            "adapters.ia3.rank",
+            "it belongs to flora, lora, dora, mixlora and switch: remove it",
+        ),
         ({"adapters__ia3__dropout": 0.1}, "adapters.ia3.dropout", "it belongs to lora"),
         ({"adapters__lora__variant": "pure"}, "adapters.lora.variant", "it belongs to flora"),
         (

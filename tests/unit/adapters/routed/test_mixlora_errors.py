@@ -50,10 +50,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "top_p of switch": ({"method": "switch", "top_p": 0.5}, r"adapters\.mix\.top_p = 0\.5: has no meaning"),
     "jitter": ({"jitter": 1.0}, r"adapters\.mix\.jitter = 1\.0"),
-    "init_from": (
-        {"init_from": "outputs/before/adapters/a-lora"},
-        r"adapters\.mix\.init_from = .*: has no meaning for method mixlora, because a PEFT adapter has",
-    ),
     "layers of ia3": (
         {"expert": "ia3", "feedforward_modules": ["down_proj"]},
         r"adapters\.mix\.feedforward_modules = .*: has no meaning for method mixlora",
