@@ -17,15 +17,23 @@ class MemberConfig(ConfigModel):
     source: PathText
     """Its entry in `over`."""
     method: Literal["lora", "flora", "ia3"]
+    """Its method."""
     rank: int | None = None
+    """Its rank, of lora and flora."""
     rank_pattern: dict[Text, int] | None = None
+    """Its other ranks for some layers."""
     variant: Literal["pure", "residual"] | None = None
+    """Its variant, of flora."""
     alpha: float | None = None
+    """Its alpha, of lora."""
     alpha_pattern: dict[Text, float] | None = None
+    """Its other alphas for some layers."""
     rslora: bool | None = None
+    """Whether its update is scaled by alpha / sqrt(rank)."""
     target_modules: list[Text]
     """Endings of the layers that it adapts."""
     feedforward_modules: list[Text] | None = None
+    """Endings of the layers whose input it scales, of ia3."""
 
 
 def member_name(source: str) -> str:

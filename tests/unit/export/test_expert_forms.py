@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.commands.export import _chosen_names
 from flora_train.config.errors import UserError
 from flora_train.export.expert_forms import OWN_TYPE
+from flora_train.export.export_forms import check_forms, possible_names
 from flora_train.export.loadability import notes
 from flora_train.export.merge import merge_into_base
 from flora_train.export.peft_format import export_peft
@@ -110,5 +110,5 @@ def test_methods_that_peft_has_no_form_for_are_written_in_our_own_and_say_so(tmp
 def test_the_closest_lora_of_an_adapter_on_experts_is_refused() -> None:
     bank = bank_on("mixtral", spec("flora", **ON_EXPERTS), spec("lora", target_modules=["q_proj"]))
     with pytest.raises(UserError, match="has target_parameters, on which no closest LoRA is computed"):
-        _chosen_names(bank, ["task-flora"], "lora-svd")
-    assert _chosen_names(bank, [], "lora-svd") == ["task-lora"]
+        check_forms(bank.specs, ["task-flora"], "lora-svd")
+    assert possible_names(bank.specs, "lora-svd") == ["task-lora"]
