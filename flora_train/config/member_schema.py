@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from flora_train.config.base import ConfigModel, PathText, Text
 
@@ -18,15 +20,15 @@ class MemberConfig(ConfigModel):
     """Its entry in `over`."""
     method: Literal["lora", "flora", "ia3"]
     """Its method."""
-    rank: int | None = None
+    rank: int | None = Field(None, ge=0, le=8192)
     """Its rank, of lora and flora."""
-    rank_pattern: dict[Text, int] | None = None
+    rank_pattern: dict[Text, Annotated[int, Field(ge=1, le=8192)]] | None = None
     """Its other ranks for some layers."""
     variant: Literal["pure", "residual"] | None = None
     """Its variant, of flora."""
-    alpha: float | None = None
+    alpha: float | None = Field(None, gt=0, le=1_000_000)
     """Its alpha, of lora."""
-    alpha_pattern: dict[Text, float] | None = None
+    alpha_pattern: dict[Text, Annotated[float, Field(gt=0, le=1_000_000)]] | None = None
     """Its other alphas for some layers."""
     rslora: bool | None = None
     """Whether its update is scaled by alpha / sqrt(rank)."""
