@@ -112,7 +112,6 @@ def _chosen(source: AdapterSource, run: Run | None, names: Sequence[str]) -> lis
     """Raises UserError for an unknown name, or one of the run whose folder is missing."""
     known = source.names()
     if run is not None:
-        _check_routed(run[1], names)
         for name in names:
             if name in run[1].adapter_names and name not in known:
                 hint = (
@@ -124,7 +123,7 @@ def _chosen(source: AdapterSource, run: Run | None, names: Sequence[str]) -> lis
     return choose(source, names)
 
 
-def _check_routed(config: RunConfig, names: Sequence[str]) -> None:
+def check_routed(config: RunConfig, names: Sequence[str]) -> None:
     """Raises UserError for a routed adapter among the names; warns of those that are left out where no names
     are given."""
     routed = {spec.name: spec.method for spec in expand(config) if spec.is_routed}
