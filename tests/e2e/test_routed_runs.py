@@ -75,10 +75,15 @@ def test_two_processes_equal_one(
 def test_a_draw_that_no_microbatch_holds_is_refused(
     routed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [f"recipe={routed}", f"output_dir={tmp_path}", "training.tokens_per_microbatch=32"]
+    words = [
+        f"recipe={routed}",
+        f"output_dir={tmp_path}",
+        "training.tokens_per_microbatch=20",
+        "training.max_length=14",
+    ]
     assert main(["train", *words]) != 0
     said = capsys.readouterr().err
-    assert "training.tokens_per_microbatch = 32: cannot hold a draw of 2 examples of task 'letters'" in said
+    assert "training.tokens_per_microbatch = 20: cannot hold a draw of 2 examples of task 'letters'" in said
     assert "adapters.mix balances the load of its experts: raise it to" in said
 
 
