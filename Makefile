@@ -19,7 +19,7 @@ PROBLEMS := assets/preference_problems
 SAMPLED := evaluation.problems=[$(PROBLEMS)/training_problems.yaml,$(PROBLEMS)/heldout_problems.yaml] \
 	evaluation.temperature=0.5 evaluation.num_samples=4 evaluation.max_new_tokens=48 evaluation.batch_rows=96 --languages lua,rb
 
-.PHONY: help quickstart setup setup-dev sweep code-local speech-local chat-local preferences-local clinical test test-full test-headline test-chips test-attack test-trl trl-env test-lm-eval lm-eval-env test-serving serving-env test-gpu lint types format bench bench-quick bench-gpu bench-serving docs figures clean
+.PHONY: help quickstart setup setup-dev sweep code-local speech-local chat-local preferences-local clinical routed-local test test-full test-headline test-chips test-attack test-trl trl-env test-lm-eval lm-eval-env test-serving serving-env test-gpu lint types format bench bench-quick bench-gpu bench-serving docs figures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -62,6 +62,13 @@ clinical: $(INSTALLED) $(MINILM)  ## build an encoder, diagnoses and e-mails, tr
 	$(BIN)/python assets/build_clinical_corpus.py
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=clinical resume=true $(ARGS)
 	for method in baselines gated full "adapters outputs/clinical" "table outputs/clinical"; do HF_HUB_OFFLINE=1 $(BIN)/python studies/clinical.py $$method || exit 1; done
+
+routed-local: $(INSTALLED) $(MODEL)  ## build texts of nine languages, train shared, routed and gated adapters on their mixture (15 minutes), and compare them
+	$(BIN)/python assets/build_many_languages.py
+	$(BIN)/python assets/build_routed_mixture.py
+	for recipe in routed_members_local routed_local gates_local; do HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=$$recipe resume=true || exit 1; done
+	HF_HUB_OFFLINE=1 $(BIN)/python studies/routed.py outputs/routed_local $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python studies/gates.py outputs/gates_local $(ARGS)
 
 test: $(INSTALLED_DEV) $(MODEL) lint types  ## run lint, types and the tests
 	$(PYTEST) -n 2 --dist worksteal $(ARGS)
@@ -123,6 +130,8 @@ bench: $(INSTALLED) $(MODEL)  ## benchmark joint training beside its peers, laye
 	$(BIN)/python benchmarks/kernels.py --save
 	$(BIN)/python benchmarks/precision.py --train --save
 	$(BIN)/python benchmarks/generation.py --save
+	$(BIN)/python benchmarks/routed_decoding.py --save
+	$(BIN)/python benchmarks/routed_training.py --save
 	$(BIN)/python benchmarks/execution.py --save
 	$(BIN)/python benchmarks/paging.py --save
 	$(BIN)/python benchmarks/thousand.py --save

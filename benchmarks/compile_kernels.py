@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flora_train.kernels import adamw_triton as adamw
+from flora_train.kernels import merge_triton as merge
 from flora_train.kernels.flora import triton_gradient as flora_gradient_triton
 from flora_train.kernels.flora import triton_matmul as flora_matmul_triton
 from flora_train.kernels.flora import triton_tiles as tiles
@@ -81,7 +82,7 @@ FLOAT32 = {
     "parts",
     "sums",
 }
-FLOAT32 |= {"values", "gradients", "first", "second", "numbers"}
+FLOAT32 |= {"factors", "values", "gradients", "first", "second", "numbers"}
 OTHERS = {
     "table": "*i32",
     "bounds": "*i32",
@@ -90,6 +91,9 @@ OTHERS = {
     "beta1": "fp32",
     "beta2": "fp32",
     "eps": "fp32",
+    "tiles": "*i32",
+    "layers": "*i64",
+    "experts": "*i64",
 }
 WITHOUT_RANK = ("IA3 y", "IA3 dX, dl", "AdamW")
 ONLY_FLOAT32 = ("AdamW",)
@@ -174,6 +178,12 @@ def variants(dtype: str, rank: int, capability: int) -> dict[str, Variant]:
                 shapes if uses_tma else {},
             )
     parts = blocks | {"PARTS": 8}
+    of_merge = matmul_constants(torch.float32, rank) | {
+        "FIELDS": merge.FIELDS,
+        "OUTS": merge.TILE_OUTS,
+        "INS": merge.TILE_INS,
+        "num_warps": merge.WARPS,
+    }
     return found | {
         "LoRA shrink": launched(lora._shrink, of_lora | parts | {"stack_feature": 1}),
         "LoRA shrink of dY": launched(lora._shrink, of_lora | parts | {"stack_rank": 1}),
@@ -183,6 +193,8 @@ def variants(dtype: str, rank: int, capability: int) -> dict[str, Variant]:
         "IA3 y": launched(ia3._scale, blocks),
         "IA3 dX, dl": launched(ia3._scale_gradients, parts),
         "AdamW": launched(adamw._adamw, {"BLOCK": adamw.BLOCK}),
+        "merge, LoRA": launched(merge._merge, of_merge | {"MULTIPLY": False}),
+        "merge, fLoRA": launched(merge._merge, of_merge | {"MULTIPLY": True}),
     }
 
 

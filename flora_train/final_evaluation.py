@@ -32,11 +32,14 @@ from flora_train.evaluation.heldout_journal import HeldoutJournal
 from flora_train.evaluation.report.files import write_report
 from flora_train.evaluation.report.results import Evaluation, build_results
 from flora_train.evaluation.report.types import DialogueMessage, JointSpeedup, RunFacts, SampleCompletion
+from flora_train.evaluation.routing.load_types import ExpertLoad
+from flora_train.evaluation.routing.loads import expert_loads
 from flora_train.evaluation.speech.evaluate import evaluate_speech
 from flora_train.evaluation.speech.summary import read_summary
 from flora_train.export.model_card import write_card
-from flora_train.export.peft_format import base_of, export_peft
+from flora_train.export.peft_format import base_of
 from flora_train.export.peft_import import init_from_peft
+from flora_train.export.routed_format import export_adapter
 from flora_train.export.sentence_transformers import write_embedding_files
 from flora_train.export.usage_snippet import generation_example
 from flora_train.run_context import RunContext
@@ -77,6 +80,7 @@ def run_final_evaluation(
     answered = answered_tasks(config, context.tasks, context.model, context.tokenizer)
     heldout = heldout_losses(context, context.bank, log=log)
     choices = choice_scores(context, context.bank, log=log.part("words"))
+    experts = heldout_expert_loads(context)
     if publish:
         on_main_process(lambda: export_all(context))
     seconds = {"evaluate at the end": time.monotonic() - started}
@@ -120,7 +124,14 @@ def run_final_evaluation(
         seconds["transcribe"] = time.monotonic() - started
     on_main_process(
         lambda: write_results(
-            context, best, heldout, answered, choices=choices, seconds=seconds, publish=publish
+            context,
+            best,
+            heldout,
+            answered,
+            choices=choices,
+            experts=experts,
+            seconds=seconds,
+            publish=publish,
         )
     )
     on_main_process(log.delete)
@@ -173,12 +184,25 @@ def choice_scores(
         )
 
 
+def heldout_expert_loads(context: RunContext) -> list[ExpertLoad]:
+    """The load of the experts of routed adapters on held-out texts. Collective."""
+    return expert_loads(
+        RowLosses(context.bank.model, labels=LabelLosses(context.bank, context.tasks)),
+        context.bank,
+        context.tasks,
+        max_tokens=2 * context.config.training.tokens_per_microbatch,
+        pad_token=context.pad_token,
+        collate=context.collate,
+    )
+
+
 def export_all(context: RunContext) -> None:
-    """Write a PEFT folder of each adapter."""
+    """Write a PEFT folder of each adapter, or several of a routed one."""
     base = base_of(context)
     for name in context.bank.ids:
-        folder = export_peft(context.bank, name, context.folder.adapters / name, base=base)
-        write_embedding_files(context, name, folder)
+        folder = export_adapter(context.bank, name, context.folder.adapters / name, base=base)
+        if not context.bank.specs[context.bank.ids[name]].is_routed:
+            write_embedding_files(context, name, folder)
 
 
 def write_results(
@@ -188,11 +212,13 @@ def write_results(
     answered: Sequence[AnsweredTask] = (),
     *,
     choices: Mapping[str, ChoiceScores] = MappingProxyType({}),
+    experts: Sequence[ExpertLoad] = (),
     seconds: Mapping[str, float],
     publish: bool,
 ) -> None:
     """Write sample completions, report and model cards. answered: tasks whose answers are in the journal;
-    choices: task -> scores of the words of its labels; seconds: stage of the evaluation -> its time."""
+    choices: task -> scores of the words of its labels; experts: the loads of routed adapters; seconds: stage
+    of the evaluation -> its time."""
     config, bank, folder = context.config, context.bank, context.folder
     started = time.monotonic()
     completions = sample_completions(context)
@@ -225,6 +251,7 @@ def write_results(
         speech,
         [*figures.results, *of_embeddings],
         figures.confusions,
+        experts,
         figures.notes,
     )
     report = build_results(config, folder, context.tasks, bank, evaluation=evaluation, facts=facts)

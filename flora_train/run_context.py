@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.gate_members import resolve_members
 from flora_train.adapters.init_from import resolve_init_from
 from flora_train.adapters.layer_usage import describe_left_out
 from flora_train.adapters.paging import Paging
@@ -94,7 +95,8 @@ class RunContext(TrainingContext):
 
 
 def resolve_config(config: RunConfig, folder: RunFolder | None = None) -> RunConfig:
-    """The configuration with the tasks that split_by makes, and with the values that are read from init_from.
+    """The configuration with the tasks that split_by makes, and with the values that are read from init_from
+    and over.
 
     folder: of the run, which keeps the values with which it began when it is resumed. Raises UserError if
     data or adapters are missing or do not fit.
@@ -103,7 +105,8 @@ def resolve_config(config: RunConfig, folder: RunFolder | None = None) -> RunCon
     begun = None
     if folder is not None and config.resume and folder.config.is_file():
         begun = load_saved(folder.config)
-    return resolve_init_from(config, begun)
+    is_finished = folder is not None and begun is not None and folder.finished
+    return resolve_members(resolve_init_from(config, begun), begun, is_finished=is_finished)
 
 
 def load_context(

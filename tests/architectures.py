@@ -141,9 +141,38 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Encoders: model_type of transformers -> (its name for people, sizes)."""
 
+EXPERT_SIZES = {**GROUPED, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {**EXPERT_SIZES, "num_local_experts": 4, "intermediate_size": 24}),
+    "qwen2_moe": (
+        "Qwen2-MoE",
+        {
+            **EXPERT_SIZES,
+            "num_experts": 4,
+            "shared_expert_intermediate_size": 24,
+            "mlp_only_layers": [],
+        },
+    ),
+    "qwen3_moe": ("Qwen3-MoE", {**EXPERT_SIZES, "num_experts": 4}),
+    "olmoe": ("OLMoE", {**EXPERT_SIZES, "num_experts": 4, "intermediate_size": 24}),
+    "gpt_oss": (
+        "GPT-OSS",
+        {
+            **EXPERT_SIZES,
+            "num_local_experts": 4,
+            "intermediate_size": 24,
+            "layer_types": ["full_attention", "full_attention"],
+        },
+    ),
+}
+"""Mixtures of experts with fused weights: model_type of transformers -> (its name for people, sizes)."""
+ROUTERS = (".gate.weight", ".router.weight")
+ROUTER_SCALE = 30.0
+"""Random routers decide almost by chance, so that rounding would send tokens to other experts."""
+
 
 def architecture_config(architecture: str) -> PretrainedConfig:
-    sizes = {**ARCHITECTURES, **ENCODERS}[architecture][1]
+    sizes = {**ARCHITECTURES, **ENCODERS, **MIXTURES}[architecture][1]
     config = AutoConfig.for_model(architecture, **sizes)
     disable_dropout(config)
     return config
@@ -166,6 +195,8 @@ def tiny_model(architecture: str = "llama", dtype: torch.dtype = torch.float32) 
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):  # a zero bias would hide mistakes with biases
                 parameter.normal_(std=0.1)
+            if architecture in MIXTURES and name.endswith(ROUTERS):
+                parameter.mul_(ROUTER_SCALE)
     return model.to(dtype)
 
 

@@ -223,6 +223,22 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+FUSED_EXPERTS: dict[str, dict[str, Any]] = {
+    "granitemoe": {},
+    "granitemoehybrid": {},
+    "deepseek_v3": {"first_k_dense_replace": 0},
+    "phimoe": {},
+    "jamba": {},
+    "lfm2_moe": {},
+    "nemotron_h": {},
+    "qwen3_next": {},
+    "minimax": {},
+}
+"""Families whose fused experts take adapters -> options beside those of the family. Mixtral and others that
+are tested more thoroughly are in tests/architectures.py."""
+OTHER_EXPERTS = {"llama4_text": "experts.gate_up_proj", "dbrx": "experts.mlp.w1"}
+"""Families whose experts have another layout -> one of their parameters."""
+
 QUICK = (
     "mamba",
     "lfm2",

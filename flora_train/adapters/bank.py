@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
@@ -11,12 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flora_train.adapters.expert_parameters import AdapterExperts, ExpertWeight
+from flora_train.adapters.fused_experts import fused_experts, layout_of
 from flora_train.adapters.host_memory import copy_to_host
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.layer_usage import unusable_layers
+from flora_train.adapters.methods import Target
 from flora_train.adapters.paging import Pager, Paging
 from flora_train.adapters.pool import Pool, build_pools
-from flora_train.adapters.routing import BatchRouting, RowNoise, build_routing
+from flora_train.adapters.routed.blocks import feedforward_blocks
+from flora_train.adapters.routed.feedforward import ExpertBlock
+from flora_train.adapters.routing import BatchRouting, RowDraw, RowGoal, RowNoise, build_routing
 from flora_train.adapters.spec import BASE, BASE_ID, AdapterSpec
 from flora_train.adapters.targets import check_base, linear_layers
 from flora_train.config.errors import choices, did_you_mean, user_error
@@ -106,7 +111,10 @@ class AdapterBank:
                 raise user_error("adapters", name, hint)
         device = device or check_base(model)
         model.requires_grad_(False)
-        pools, left_out = build_pools(model, specs, unusable_layers(model, linear_layers(model), features))
+        layers = [*linear_layers(model)]
+        if any(spec.target_parameters for spec in specs):
+            layers += fused_experts(model)
+        pools, left_out = build_pools(model, specs, unusable_layers(model, layers, features))
         bank = cls(model, pools, paging=paging, dtype=dtype, device=device)
         bank.left_out = left_out
         bank._wrap_layers()
@@ -135,6 +143,10 @@ class AdapterBank:
         self,
         adapters: Tensor | Sequence[int] | Sequence[str],
         noise: Sequence[RowNoise | None] | None = None,
+        draws: Sequence[RowDraw | None] | None = None,
+        lengths: Sequence[int] | None = None,
+        *,
+        goals: Sequence[RowGoal | None] | None = None,
     ) -> None:
         """Set which adapter each row of the next batch uses. The routing stays until the next call.
 
@@ -142,6 +154,11 @@ class AdapterBank:
             adapters: [B], adapter ids (-1: the base model) or names (`__base__`: the base model).
             noise: Seeds of dropout and NEFTune noise, one per row; None for a row without. Default: neither
                 in any row.
+            draws: The draw of each row, for routed adapters. Default: the load of their experts is not
+                balanced.
+            lengths: Tokens of each row without padding, for routed adapters. Default: no row is padded.
+            goals: The members that the gates of each row are to choose. Default: gates have no loss of their
+                own.
 
         Raises:
             UserError: An adapter name or id is unknown.
@@ -153,7 +170,10 @@ class AdapterBank:
                 raise user_error("adapter_ids", adapter, hint)
         if self.pager is not None:
             self.pager.load({i for i in ids if i != BASE_ID})
-        self.router.set(build_routing(ids, self.location, self.device, noise=noise))
+        routing = build_routing(
+            ids, self.location, self.device, noise=noise, draws=draws, lengths=lengths, goals=goals
+        )
+        self.router.set(routing)
 
     def _ids_of(self, adapters: Tensor | Sequence[int] | Sequence[str]) -> list[int]:
         if isinstance(adapters, Tensor):
@@ -161,16 +181,19 @@ class AdapterBank:
         return [self.id_of(adapter) if isinstance(adapter, str) else adapter for adapter in adapters]
 
     @contextmanager
-    def routed(self, adapters: Tensor | Sequence[int] | Sequence[str]) -> Iterator[None]:
+    def routed(
+        self, adapters: Tensor | Sequence[int] | Sequence[str], lengths: Sequence[int] | None = None
+    ) -> Iterator[None]:
         """`route` for forward passes without a backward; afterwards the model is the plain base model again.
 
         Args:
             adapters: [B], as in `route`.
+            lengths: As in `route`.
 
         Raises:
             UserError: An adapter name or id is unknown.
         """
-        self.route(adapters)
+        self.route(adapters, lengths=lengths)
         try:
             yield
         finally:
@@ -252,8 +275,9 @@ class AdapterBank:
 
     def base_names(self) -> list[str]:
         """The names of all modules of the model as it was before `attach`."""
-        names = (name.replace(".base_layer", "") for name, _ in self.model.named_modules())
-        return list(dict.fromkeys(names))
+        modules = self.model.named_modules()
+        names = (name for name, module in modules if not isinstance(module, ExpertWeight))
+        return list(dict.fromkeys(name.replace(".base_layer", "") for name in names))
 
     def row(self, adapter: int) -> Tensor:
         """All parameters of one adapter as one vector.
@@ -364,13 +388,16 @@ class AdapterBank:
             self.pager.settle(for_host=True)
 
     def _wrap_layers(self) -> None:
+        available = linear_layers(self.model)
         for pool in self.pools:
             for name, target in pool.targets.items():
-                layer = self.model.get_submodule(name)
-                if not isinstance(layer, AdapterLinear):
-                    layer = AdapterLinear(layer, target, self.router)
-                    self.model.set_submodule(name, layer)
-                layer.add_pool(pool)
+                if target.experts:
+                    self._wrap_experts(pool, target)
+                    continue
+                layer = self._wrap(name, target)
+                if target.block is None:  # else its block computes it
+                    layer.add_pool(pool)
+        self._wrap_blocks(available)
         embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
         embeddings.register_forward_hook(self._after_embedding)
         if self._encoder is None:
@@ -379,6 +406,42 @@ class AdapterBank:
         layers = getattr(self.model.get_submodule(self._encoder), "layers", None)
         if layers is not None:
             layers[0].register_forward_pre_hook(self._before_encoder_layers, with_kwargs=True)
+
+    def _wrap(self, name: str, target: Target) -> AdapterLinear:
+        """The wrapper of a linear layer, made once."""
+        layer = self.model.get_submodule(name)
+        if not isinstance(layer, AdapterLinear):
+            layer = AdapterLinear(layer, target, self.router)
+            self.model.set_submodule(name, layer)
+        return layer
+
+    def _wrap_blocks(self, available: Mapping[str, Target]) -> None:
+        """Let the feed-forward blocks that have experts compute the rows of their adapters. available: all
+        linear layers."""
+        pools_of: dict[str, dict[int, Pool]] = defaultdict(dict)
+        for pool in self.pools:
+            for target in pool.targets.values():
+                if target.block is not None:
+                    pools_of[target.block][id(pool)] = pool
+        if not pools_of:
+            return
+        for name, block in feedforward_blocks(self.model, available).items():
+            if name in pools_of:
+                layers = [self._wrap(layer, available[layer]) for layer in block.layers]
+                experts = ExpertBlock(self.model.get_submodule(name), block, layers, self.router)
+                for pool in pools_of[name].values():
+                    experts.add_pool(pool)
+
+    def _wrap_experts(self, pool: Pool, target: Target) -> None:
+        module = target.name.rpartition(".")[0]
+        experts = self.model.get_submodule(module)
+        if not isinstance(experts, AdapterExperts):
+            layout = layout_of(experts)
+            assert layout is not None, "find_targets selects recognised experts alone"
+            experts = AdapterExperts(experts, layout, self.router, module)
+            experts.check(f"adapters.{pool.specs[0].family}.target_parameters")
+            self.model.set_submodule(module, experts)
+        experts.add_pool(pool, target)
 
     def _before_encoder_layers(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flora_train.adapters.methods import Target
 from flora_train.adapters.peft_config import check_harmless
 from flora_train.adapters.peft_equivalents import as_lora, without_zero_ranks
 from flora_train.adapters.peft_tensors import (
@@ -21,10 +22,12 @@ from flora_train.adapters.peft_tensors import (
     split_head,
     with_whole_names,
 )
+from flora_train.adapters.routed.init_from import KEYS as ROUTED_KEYS
+from flora_train.adapters.routed.init_from import resolve_routed
 from flora_train.adapters.spec import AdapterSpec, make_spec, scaling_of
 from flora_train.adapters.subtracted_init import find_initial, plain_config
 from flora_train.adapters.targets import find_targets, shortest_suffixes
-from flora_train.config.adapter_schema import AdapterConfig
+from flora_train.config.adapter_schema import ROUTED, AdapterConfig
 from flora_train.config.errors import Problem, UserError, user_error
 from flora_train.config.name_patterns import value_for
 from flora_train.config.preference_schema import REFERRED
@@ -111,6 +114,7 @@ def _left_out(adapter: AdapterConfig) -> list[str]:
         "lora": LORA_KEYS,
         "dora": LORA_KEYS,
         "ia3": ("feedforward_modules",),
+        **dict.fromkeys(ROUTED, ROUTED_KEYS),
     }[adapter.method]
     missing = [key for key in keys if getattr(adapter, key) is None]
     return [*missing, "target_modules"] if adapter.target_modules == "default" else missing
@@ -124,6 +128,8 @@ def _resolve_and_check(
         for task in adapter.tasks or config.tasks:
             check_has_head(str(adapter.init_from).replace("{task}", task), f"{key}.init_from")
         return adapter
+    if adapter.method in ROUTED:
+        return resolve_routed(config, family, adapter, model)
     outlines: dict[str, PeftOutline] = {}
     problems: list[Problem] = []
     by_source: dict[str, PeftOutline] = {}
@@ -225,9 +231,9 @@ def _agreed(
     """The value of a key that the recipe leaves out. Raises UserError where the adapters of several tasks
     differ in it."""
     first, *others = outlines
-    value = _value_of(name, first, adapter, model)
+    value = value_of(name, first, adapter, model)
     for other in others:
-        theirs = _value_of(name, other, adapter, model)
+        theirs = value_of(name, other, adapter, model)
         if theirs != value:
             hint = (
                 f"has {name} {theirs!r}, and {first.source} has {value!r}: give their tasks "
@@ -237,7 +243,8 @@ def _agreed(
     return value
 
 
-def _value_of(name: str, outline: PeftOutline, adapter: AdapterConfig, model: nn.Module) -> Any:
+def value_of(name: str, outline: PeftOutline, adapter: AdapterConfig, model: nn.Module) -> Any:
+    """The value of a key of an entry that starts from this PEFT adapter."""
     modules = [module for module, _ in model.named_modules() if module]
     if name == "target_modules":
         return shortest_suffixes(modules, outline.shapes)
@@ -320,7 +327,7 @@ def _check_fit(spec: AdapterSpec, outline: PeftOutline, written: AdapterConfig, 
         _check_scaling(spec, outline, written)
     targets = find_targets(model, spec)
     _check_layers(spec, outline, written, set(targets))
-    for module, (outputs, inputs) in outline.shapes.items():
+    for module in outline.shapes:
         target = targets[module]
         if spec.method == "ia3" and target.feedforward != (module in outline.feedforward):
             side = "input" if module in outline.feedforward else "output"
@@ -329,6 +336,13 @@ def _check_fit(spec: AdapterSpec, outline: PeftOutline, written: AdapterConfig, 
                 "so that it is read from there"
             )
             raise user_error(f"{key}.feedforward_modules", written.feedforward_modules, hint)
+    check_sizes(outline, targets, f"{key}.init_from", source=source)
+
+
+def check_sizes(outline: PeftOutline, targets: Mapping[str, Target], key: str, *, source: str) -> None:
+    """Raises UserError where a layer has another size than in the PEFT adapter."""
+    for module, (outputs, inputs) in outline.shapes.items():
+        target = targets[module]
         if outputs not in (None, target.out_features) or inputs not in (None, target.in_features):
             theirs = " x ".join(str(size) for size in (outputs, inputs) if size is not None)
             hint = (
@@ -336,7 +350,7 @@ def _check_fit(spec: AdapterSpec, outline: PeftOutline, written: AdapterConfig, 
                 f"{target.in_features}: "
                 "its base model differs"
             )
-            raise user_error(f"{key}.init_from", source, hint)
+            raise user_error(key, source, hint)
 
 
 def _check_ranks(spec: AdapterSpec, outline: PeftOutline) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,10 +11,15 @@ from torch.nn import functional as F
 
 from flora_train.adapters.methods import Site, Target
 from flora_train.adapters.pool import Pool
+from flora_train.adapters.routed.gated import run_gated
+from flora_train.adapters.routed.switch import switched_layer
 from flora_train.adapters.routing import BatchRouting, Routing, Span
+from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import dense_weight
 from flora_train.kernels.autocast import linear_dtype
 from flora_train.models.quantized import dequantized, is_quantized
+
+Single = Callable[[Tensor], Tensor]
 
 
 class AdapterLinear(nn.Module):
@@ -32,6 +38,9 @@ class AdapterLinear(nn.Module):
         self._quantised = is_quantized(base_layer)
         self.pools: dict[int, Pool] = {}
         self._pool_ids: frozenset[int] = frozenset()
+        self._last_single: tuple[AdapterSpec, int, Tensor, Single | None] | None = None
+        """The adapter that computed rows alone last, its slot, the pool's values then, and
+        `AdapterMethod.single`."""
 
     def add_pool(self, pool: Pool) -> None:
         self.pools[id(pool)] = pool
@@ -69,6 +78,12 @@ class AdapterLinear(nn.Module):
             merged = routing.merged.get(self.target.name)
             if merged is not None:
                 return F.linear(x, merged.weight, merged.bias)
+        if routing.token_step is not None and x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+            return routing.token_step.forward(self, x)
+        if routing.only_span is not None and not torch.is_grad_enabled():
+            single = self._single(routing.only_span, x, routing)
+            if single is not None:
+                return single(x)
         spans = routing.spans_for(self._pool_ids)
         if len(spans) == 1 and spans[0].pool is None:
             return self.base_layer(x)
@@ -94,6 +109,24 @@ class AdapterLinear(nn.Module):
             y = y.view(routing.rows, tokens_per_row, -1).index_select(0, routing.inverse)
         return y.view(*x.shape[:-1], y.shape[-1])
 
+    def _single(self, span: Span, x: Tensor, routing: Routing) -> Callable[[Tensor], Tensor] | None:
+        """The shortest way to compute rows of one adapter without gradients; None if there is none."""
+        pool = span.pool
+        if pool is None or span.slot_range is None or id(pool) not in self._pool_ids:
+            return None
+        if x.dim() != 3 or x.shape[0] != routing.rows or routing.noise is not None:
+            return None
+        if not x.is_contiguous() or torch.is_autocast_enabled(x.device.type):
+            return None
+        spec, slot, last = span.specs[0], span.slot_range.start, self._last_single
+        if last is not None and last[0] is spec and last[1] == slot and last[2] is pool.values:
+            return last[3]
+        name = self.target.name
+        params = {param: view[0] for param, view in span.gather(name).items()}
+        single = pool.method.single(self.base_layer, params, spec.at(name), pool.targets[name].feedforward)
+        self._last_single = spec, slot, pool.values, single
+        return single
+
     def weight_context(self, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
         """A context that provides the frozen weight as [out, in]; a quantized one in this dtype."""
         if self._quantised:
@@ -110,7 +143,27 @@ class AdapterLinear(nn.Module):
             bias=self.bias,
             dropout=lambda rows: routing.dropout(rows, target.name, span, tokens_per_row=tokens_per_row),
         )
-        params = span.pool.gather(target.name, span.slots)
+        if span.specs[0].gate is not None:
+            return run_gated(
+                x,
+                site,
+                target.name,
+                span=span,
+                routing=routing,
+                recorder=self.router.recorder,
+                tokens_per_row=tokens_per_row,
+            )
+        if span.pool.method.decides_once:
+            return switched_layer(
+                x,
+                site,
+                target,
+                span=span,
+                routing=routing,
+                router=self.router,
+                tokens_per_row=tokens_per_row,
+            )
+        params = span.gather(target.name)
         segments = span.segments.scaled(tokens_per_row)
         specs = [spec.at(target.name) for spec in span.specs]
         feedforward = target.feedforward

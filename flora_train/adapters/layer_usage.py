@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flora_train.adapters.fused_experts import fused_experts
 from flora_train.adapters.targets import linear_layers
 from flora_train.config.errors import first_line, user_error
 from flora_train.config.model_schema import ModelConfig
@@ -128,17 +129,18 @@ def unusable_by_shape(
     empty: the model without weights. A model with weights of 0 is run; of a large model, its first layers.
     Returns {} where that cannot run.
     """
-    names = tuple(linear_layers(empty))
+    names = (*linear_layers(empty), *fused_experts(empty))
     is_small = sum(parameter.numel() for parameter in empty.parameters()) <= MAX_WHOLE_PARAMETERS
     try:
         model = zero_model(config) if is_small else zero_model(config, FIRST_LAYERS)
-        unusable = unusable_layers(model, linear_layers(model), features)
+        unusable = unusable_layers(model, [*linear_layers(model), *fused_experts(model)], features)
     except Exception:  # the run reports it once it has loaded the model
         return {}
     if is_small:
         return unusable
     reasons = {numberless(name): reason for name, reason in unusable.items()}
-    usable = {numberless(name) for name in linear_layers(model) if name not in unusable}
+    layers = [*linear_layers(model), *fused_experts(model)]
+    usable = {numberless(name) for name in layers if name not in unusable}
     by_shape = {}
     for name in names:
         pattern = numberless(name)

@@ -34,11 +34,19 @@ class MergedWeights:
 
 def mergeable_modules(bank: AdapterBank, adapter: int) -> list[str]:
     """The targets of an adapter whose weight is dense, whole and in float32: neither quantized, sharded or
-    offloaded, nor of a class whose forward is unknown."""
+    offloaded, nor fused experts, nor of a class whose forward is unknown. None of a method that is not one
+    weight for all tokens."""
+    pool, _ = bank.location[adapter]
+    return dense_modules(bank, adapter) if pool.method.merges else []
+
+
+def dense_modules(bank: AdapterBank, adapter: int, dtypes: Sequence[torch.dtype] = EXACT_DTYPES) -> list[str]:
+    """The targets of an adapter whose weight is dense, whole and of one of these types."""
     pool, _ = bank.location[adapter]
     if _is_sharded(bank.model) or torch.is_autocast_enabled(bank.device.type):
         return []
-    return [module for module in pool.targets if _is_mergeable(adapted_layer(bank, module), bank.device)]
+    layers = [name for name, target in pool.targets.items() if not target.experts]
+    return [module for module in layers if _is_dense(adapted_layer(bank, module), bank.device, dtypes)]
 
 
 def adapted_layer(bank: AdapterBank, module: str) -> AdapterLinear:
@@ -84,7 +92,7 @@ def routed_merged(bank: AdapterBank, adapters: Sequence[int], merged: MergedWeig
         yield
 
 
-def _is_mergeable(layer: AdapterLinear, device: torch.device) -> bool:
+def _is_dense(layer: AdapterLinear, device: torch.device, dtypes: Sequence[torch.dtype]) -> bool:
     base = layer.base_layer
     if type(base) not in (nn.Linear, Conv1D) or "forward" in vars(base):
         return False
@@ -95,7 +103,7 @@ def _is_mergeable(layer: AdapterLinear, device: torch.device) -> bool:
     if not isinstance(weight, Tensor):
         return False
     is_plain = type(weight) in (Tensor, nn.Parameter) and type(weight.data) is Tensor
-    return is_plain and weight.dtype in EXACT_DTYPES and weight.device == device
+    return is_plain and weight.dtype in dtypes and weight.device == device
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -350,7 +350,10 @@ def read_config(source: str, key: str) -> PeftConfig:
 
 
 def _config_file(source: str) -> Path:
-    file = adapter_folder(source) / CONFIG
+    folder = adapter_folder(source)
+    file = folder / CONFIG
+    if not file.is_file() and (folder / "routing.json").is_file():
+        raise ValueError("it is a routed adapter (routing.json), whose parts are PEFT adapters")
     if not file.is_file():
         raise ValueError(f"there is no {CONFIG}")
     return file

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from flora_train.adapters.heads import Head, head_of, shapes_of
 from flora_train.adapters.methods import METHODS, AdapterMethod, Target
 from flora_train.adapters.seeds import seeded_generator
-from flora_train.adapters.spec import AdapterSpec
+from flora_train.adapters.spec import AdapterSpec, Gate
 from flora_train.adapters.targets import check_patterns, find_targets
 
 PLANES = 4
@@ -73,12 +74,21 @@ class Pool:
         """Module -> parameter -> its offset in the row, and its shape."""
         self.head_layout: dict[str, tuple[int, tuple[int, ...]]] = {}
         """Parameter of the head -> its offset in the row, and its shape."""
+        self.frozen = self.method.frozen_parameters(specs[0])
+        """Parameters of the layers that are not trained: they get no gradient, and no update."""
         self._rate_columns: Tensor | None = None
+        self._constants: dict[str, dict[str, Tensor]] = {}
+        """Module -> what the method's `constants` are there, on the device."""
         self.row_size = 0
         for name, target in targets.items():
             self.layout[name] = {}
-            for param, shape in self.method.shapes(specs[0].at(name), target).items():
+            for param, shape in self.method.shapes_at(specs[0].at(name), target).items():
                 self.layout[name][param] = (self.row_size, shape)
+                self.row_size += prod(shape)
+        for name, shapes in self.method.router_shapes(specs[0], targets).items():
+            layout = self.layout.setdefault(name, {})
+            for param, shape in shapes.items():
+                layout[param] = (self.row_size, shape)
                 self.row_size += prod(shape)
         self.head_start = self.row_size
         """The offset of the head in the row: its parameters are the last ones."""
@@ -97,11 +107,11 @@ class Pool:
         return PLANES + self.has_averages
 
     def rate_columns(self, device: torch.device) -> Tensor:
-        """uint8 [P]: which learning rate a number of a row has. 0: lr; 1: lr_ratio x lr; 2: head_lr."""
+        """uint8 [P]: which learning rate a number has. 0: lr; 1: second_lr_ratio x lr; 2: head_lr."""
         if self._rate_columns is None or self._rate_columns.device != device:
             columns = torch.zeros(self.row_size, dtype=torch.uint8)
             for layout in self.layout.values():
-                for param in self.method.lr_ratio_parameters & layout.keys():
+                for param in (self.frozen or self.method.lr_ratio_parameters) & layout.keys():
                     start, shape = layout[param]
                     columns[start : start + prod(shape)] = 1
             columns[self.head_start :] = 2
@@ -152,13 +162,21 @@ class Pool:
         for name, layout in self.layout.items():
             params = {p: torch.empty(shape, dtype=views[name][p].dtype) for p, (_, shape) in layout.items()}
             generator = seeded_generator(seed, spec.seed_name, name)
-            self.method.initialise(params, spec.at(name), generator)
+            for part in self._layers_of(name, params):
+                self.method.initialise(part, spec.at(name), generator)
             for param, view in views[name].items():
                 view.copy_(params[param])
         if self.head is not None:
             values = self.head.initial(seed, spec.seed_name)
             for param, view in self.head_row(member).items():
                 view.copy_(values[param])
+
+    def _layers_of(self, name: str, params: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The parameters on a target as those of linear layers: one, or each of its experts."""
+        experts = self.targets[name].experts if name in self.targets else 0  # else a router's
+        if not experts:
+            return [params]
+        return [{param: tensor[e] for param, tensor in params.items()} for e in range(experts)]
 
     def row(self, member: int) -> dict[str, dict[str, Tensor]]:
         """Module -> parameter -> view of one adapter's values, on the device or the host."""
@@ -185,9 +203,43 @@ class Pool:
         return {p: GatherRows.apply(leaf, gradients[p], slots) for p, leaf in self._head_leaves.items()}
 
     def gather(self, module: str, slots: Tensor) -> dict[str, Tensor]:
-        """Parameter -> [K, ...] for the adapters in `slots` [K], differentiable into `gradients`."""
+        """Parameter -> [K, ...] for the adapters in `slots` [K], differentiable into `gradients` unless the
+        parameter is frozen."""
         gradients = self._leaf_gradients[module]
-        return {p: GatherRows.apply(leaf, gradients[p], slots) for p, leaf in self._leaves[module].items()}
+        params: dict[str, Tensor] = {}
+        for p, leaf in self._leaves[module].items():
+            if p not in self.frozen:
+                params[p] = GatherRows.apply(leaf, gradients[p], slots)
+            elif len(leaf) == len(slots) == 1:
+                params[p] = leaf.detach()  # not copied
+            else:
+                params[p] = leaf.detach().index_select(0, slots)
+        return params | self._shared(module, len(slots))
+
+    def views(self, module: str, slots: slice) -> dict[str, Tensor]:
+        """Parameter -> [K, ...] for the adapters in consecutive rows, without a copy and without
+        gradients."""
+        params = {p: leaf.detach()[slots] for p, leaf in self._leaves[module].items()}
+        return params | self._shared(module, slots.stop - slots.start)
+
+    def gather_one(self, module: str, param: str, slots: Tensor) -> Tensor:
+        """One of the parameters of `gather`."""
+        leaf, gradient = self._leaves[module][param], self._leaf_gradients[module][param]
+        return GatherRows.apply(leaf, gradient, slots)
+
+    def _shared(self, module: str, adapters: int) -> dict[str, Tensor]:
+        """The constants of a layer, the same in the row of each adapter."""
+        constants = self.constants(module)
+        return {name: tensor.expand(adapters, *tensor.shape) for name, tensor in constants.items()}
+
+    def constants(self, module: str) -> dict[str, Tensor]:
+        """Name -> tensor that all adapters share on this layer, on the device. They are made once."""
+        if module not in self._constants:
+            made: dict[str, Tensor] = {}
+            if module in self.targets:  # else a router's
+                made = self.method.constants(self.specs[0].at(module), self.targets[module])
+            self._constants[module] = {name: tensor.to(self.values.device) for name, tensor in made.items()}
+        return self._constants[module]
 
     def _views(self, storage: Tensor, module: str, leaf: bool = False) -> dict[str, Tensor]:
         return self._views_of(storage, self.layout[module], leaf)
@@ -216,7 +268,17 @@ def pool_key(spec: AdapterSpec) -> tuple[object, ...]:
     """Adapters with the same key share a pool: all their tensors have the same shapes."""
     ranks = spec.rank, spec.rank_pattern
     layers = spec.exclude_modules, spec.layers_to_transform, spec.layers_pattern, spec.parent_module
-    return spec.method, ranks, spec.target_modules, spec.feedforward_modules, *layers, spec.head
+    targets = spec.target_modules, spec.target_parameters, spec.feedforward_modules
+    routes = spec.experts, _gate_key(spec.gate)
+    return spec.method, ranks, *targets, *layers, spec.head, *routes, spec.mask
+
+
+def _gate_key(gate: Gate | None) -> Gate | None:
+    """A gate without what may differ between adapters of one pool."""
+    if gate is None:
+        return None
+    members = tuple(replace(member, family="") for member in gate.members)
+    return replace(gate, members=members, loss=0.0)  # each row has the coefficient of its own gate
 
 
 def build_pools(

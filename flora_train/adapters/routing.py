@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flora_train.adapters.pool import Pool
@@ -30,6 +32,17 @@ class Span:
     """LongTensor [K]: the adapters' rows in the pool."""
     specs: tuple[AdapterSpec, ...] = ()
     """The K adapters."""
+    slot_range: slice | None = None
+    """The same rows as `slots`, where they are consecutive."""
+
+    def gather(self, module: str) -> dict[str, Tensor]:
+        """Parameter -> [K, ...] of a module for the adapters of this span, differentiable into the pool's
+        gradients."""
+        assert self.pool is not None
+        assert self.slots is not None
+        if self.slot_range is not None and not torch.is_grad_enabled():
+            return self.pool.views(module, self.slot_range)
+        return self.pool.gather(module, self.slots)
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,27 @@ class RowNoise:
     tokens."""
     documents: tuple[int, ...] = ()
     """Lengths of the documents that are packed into the row. Empty: it is one document."""
+
+
+@dataclass(frozen=True)
+class RowDraw:
+    """The draw that a row belongs to in training, within which the load of a router is balanced."""
+
+    number: int
+    """Tells the draws of an adapter in one step apart."""
+    share: float
+    """1 / draws of the row's adapter in the whole step, on all processes."""
+
+
+@dataclass(frozen=True)
+class RowGoal:
+    """What the gates of a row are to choose in training."""
+
+    members: NDArray[np.int64]
+    """int64 [tokens]: the member that each position is to choose, -1 for none."""
+    share: float
+    """Coefficient of a token's cross-entropy, the mean over layers, in the adapter's loss: gate_loss / learnt
+    tokens of the row's adapter in the whole step, on all processes."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +98,14 @@ class EmbeddingNoise:
         limits = [[self.spec.neftune_noise_alpha / (length * width) ** 0.5] for length in lengths]
         repeats = torch.tensor(lengths, device=device)
         return uniform * torch.tensor(limits, device=device).repeat_interleave(repeats, dim=0)
+
+
+class TokenStep(Protocol):
+    """Computes the adapted layers of a batch of one row in forwards of one token."""
+
+    def forward(self, layer: Any, x: Tensor) -> Tensor:
+        """The output [..., out] of an AdapterLinear for x [..., in], one token in all."""
+        ...
 
 
 class MergedLayer(NamedTuple):
@@ -90,9 +132,26 @@ class Routing:
     """One per row, in grouped order; None for rows without noise. None: no noise at all (evaluation)."""
     embedding_noise: tuple[EmbeddingNoise, ...] = ()
     """NEFTune noise of the rows that have it."""
+    draws: tuple[RowDraw | None, ...] | None = None
+    """The draw of each row, in grouped order. None: no load is balanced."""
+    lengths: tuple[int, ...] | None = None
+    """Tokens of each row without padding, in grouped order. None: no row is padded."""
+    goals: tuple[RowGoal | None, ...] | None = None
+    """What the gates of each row are to choose, in grouped order. None: gates have no loss of their own."""
+    loads: dict[object, object] = field(default_factory=dict, repr=False)
+    """What the routers of a forward pass recorded of their load, for the backward."""
     merged: Mapping[str, MergedLayer] | None = None
     """Module name -> its layer with the only adapter of these rows merged, for forwards without gradients."""
+    token_step: TokenStep | None = None
+    """Computes forwards of one token without gradients, of one row of a switch adapter; None: the layers
+    do."""
     _by_pools: dict[frozenset[int], tuple[Span, ...]] = field(default_factory=dict, repr=False)
+
+    @property
+    def only_span(self) -> Span | None:
+        """The span of all rows, if they have one adapter; else None."""
+        first = self.spans[0]
+        return first if len(self.spans) == 1 and len(first.specs) == 1 else None
 
     def spans_for(self, pools: frozenset[int]) -> tuple[Span, ...]:
         """The spans for a layer that only the pools with these ids target; all other rows run the base
@@ -105,6 +164,34 @@ class Routing:
                 spans.append(span)
             self._by_pools[pools] = _merge_base_spans(spans)
         return self._by_pools[pools]
+
+    def without(self, pools: frozenset[int]) -> tuple[Tensor, Routing] | None:
+        """The rows of other pools than these (and of the base): their positions in grouped order, int64 [n],
+        and a routing of them alone; None if there are none."""
+        spans: list[Span] = []
+        positions: list[int] = []
+        for span in self.spans:
+            if span.pool is not None and id(span.pool) in pools:
+                continue
+            moved = replace(span, start=len(positions), end=len(positions) + span.end - span.start)
+            positions += range(span.start, span.end)
+            spans.append(moved)
+        if not positions:
+            return None
+
+        def chosen(values: Sequence[Any] | None) -> tuple[Any, ...] | None:
+            return None if values is None else tuple(values[position] for position in positions)
+
+        rest = Routing(
+            len(positions),
+            tuple(spans),
+            noise=chosen(self.noise),
+            draws=chosen(self.draws),
+            lengths=chosen(self.lengths),
+            goals=chosen(self.goals),
+            loads=self.loads,
+        )
+        return torch.tensor(positions), rest
 
     def dropout(self, x: Tensor, module: str, span: Span, *, tokens_per_row: int) -> Tensor:
         """Inverted dropout on the tokens x [T, in] of a span.
@@ -152,6 +239,17 @@ class Routing:
         return torch.where(is_noisy, embeddings + noise, embeddings)
 
 
+class RouteRecorder(Protocol):
+    """Gets what routers choose, layer by layer."""
+
+    def add(self, spec: AdapterSpec, module: str, *, experts: Tensor, probabilities: Tensor) -> None:
+        """The choices of a router for some tokens of an adapter, without those of the padding.
+
+        experts: int64 [T, k], -1 for a slot without; probabilities: float32 [T, E].
+        """
+        ...
+
+
 class BatchRouting:
     """Holds the routing that all layers read.
 
@@ -163,7 +261,18 @@ class BatchRouting:
         self.routing: Routing | None = None
         self.recomputes = False
         """Whether the current forward will run again in the backward."""
+        self.recorder: RouteRecorder | None = None
+        """Gets the choices of all routers; None: nobody wants them."""
+        self.given_routes: Callable[[int], Sequence[Sequence[int]]] | None = None
+        """Measurements only: the experts [T][k] of T tokens, in place of those that a switch adapter's router
+        chooses (evaluation/generation/given_routes.py)."""
         self._pending_backwards = 0
+
+    @property
+    def learns(self) -> bool:
+        """Whether the current forward will have a backward, also where checkpointing runs it without
+        gradients first."""
+        return torch.is_grad_enabled() or self._pending_backwards > 0
 
     def set(self, routing: Routing | None) -> None:
         """Raises RuntimeError while activation checkpointing still needs the previous routing."""
@@ -198,9 +307,12 @@ def build_routing(
     device: torch.device,
     *,
     noise: Sequence[RowNoise | None] | None = None,
+    draws: Sequence[RowDraw | None] | None = None,
+    lengths: Sequence[int] | None = None,
+    goals: Sequence[RowGoal | None] | None = None,
 ) -> Routing:
     """The routing for one adapter id per row (-1: base model); `location[id]` is its pool and its position
-    there."""
+    there. noise, draws, lengths, goals: of each row."""
     order = sorted(range(len(ids)), key=lambda row: ids[row])
     runs = _runs([ids[row] for row in order])
 
@@ -217,12 +329,23 @@ def build_routing(
             spans.append(Span(None, start, end, segments))
             continue
         positions = [location[adapter][1] for adapter, _, _ in members]
-        slots = torch.tensor([pool.slot_of[position] for position in positions], device=device)
+        slots = [pool.slot_of[position] for position in positions]
+        first, last = slots[0], slots[-1]
+        slot_range = slice(first, last + 1) if slots == list(range(first, last + 1)) else None
         specs = tuple(pool.specs[position] for position in positions)
-        spans.append(Span(pool, start, end, segments, slots, specs))
+        index = torch.tensor(slots, device=device)
+        spans.append(Span(pool, start, end, segments, index, specs, slot_range))
     grouped_noise = None if noise is None else tuple(noise[row] for row in order)
     on_embeddings = _embedding_noise(ids, location, noise or ())
-    routing = Routing(len(ids), tuple(spans), noise=grouped_noise, embedding_noise=on_embeddings)
+    routing = Routing(
+        len(ids),
+        tuple(spans),
+        noise=grouped_noise,
+        embedding_noise=on_embeddings,
+        draws=None if draws is None else tuple(draws[row] for row in order),
+        lengths=None if lengths is None else tuple(lengths[row] for row in order),
+        goals=None if goals is None else tuple(goals[row] for row in order),
+    )
     if order == list(range(len(ids))):
         return routing
     permutation = torch.tensor(order, device=device)

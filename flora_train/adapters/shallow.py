@@ -26,13 +26,16 @@ def on_shallow_model(spec: AdapterSpec, shallow: nn.Module, full: nn.Module) -> 
     for name in find_targets(full, spec):
         pattern = numberless(name)
         rank_of[pattern] = max(rank_of.get(pattern, 0), spec.at(name).rank)
-    names = [name for name in linear_layers(shallow) if numberless(name) in rank_of]
+    layers = [name for name in linear_layers(shallow) if numberless(name) in rank_of]
+    weights = [name for name, _ in shallow.named_parameters() if numberless(name) in rank_of]
+    names = [*layers, *weights]
     ranks: tuple[tuple[str, int], ...] = ()
     if spec.rank_pattern:
         ranks = tuple((re.escape(name), rank_of[numberless(name)]) for name in names)
     return replace(
         spec,
-        target_modules=tuple(names),
+        target_modules=tuple(layers),
+        target_parameters=tuple(weights),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -43,7 +46,8 @@ def on_shallow_model(spec: AdapterSpec, shallow: nn.Module, full: nn.Module) -> 
 
 def _depends_on_layers(spec: AdapterSpec) -> bool:
     limits = spec.exclude_modules or spec.layers_to_transform or spec.has_patterns
-    return bool(limits) or is_regex(spec.target_modules) or _has_number(spec.target_modules)
+    names = (*spec.target_modules, *spec.target_parameters)
+    return bool(limits) or is_regex(spec.target_modules) or _has_number(names)
 
 
 def _has_number(names: Iterable[str]) -> bool:

@@ -6,10 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from flora_train.config.adapter_schema import AdapterConfig, adapter_name
+from flora_train.adapters.sparse_mask import SparseMask
+from flora_train.config.adapter_schema import (
+    DEFAULT_BALANCE_LOSS,
+    DEFAULT_EXPERTS,
+    DEFAULT_GATE_LOSS,
+    DEFAULT_TOP_K,
+    ROUTED,
+    AdapterConfig,
+    adapter_name,
+)
 from flora_train.config.embedding_schema import POOLING, Pooling
+from flora_train.config.member_schema import MemberConfig
 from flora_train.config.name_patterns import as_pairs, value_for
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
@@ -23,7 +33,38 @@ BASE_ID = -1
 
 FEWEST_LABELS = ("no", "yes")
 """Stand for labels that are not known yet."""
-DEFAULT_RANK = {"flora": 4, "lora": 8, "dora": 8, "ia3": 0, "head": 0}
+DEFAULT_RANK = {"flora": 4, "lora": 8, "dora": 8, "ia3": 0, "head": 0, "meteora": 0}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a routed adapter, and how tokens are sent to them."""
+
+    method: str
+    """That of the experts: lora, flora or ia3."""
+    count: int
+    """E."""
+    top_k: int
+    top_p: float = 1.0
+    """Of the top_k experts, only as many as reach this probability together."""
+    balance_loss: float = 0.0
+    """Coefficient of the load-balance loss."""
+    jitter: float = 0.0
+    """In training, the router's input is multiplied by numbers between 1 - jitter and 1 + jitter."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The gate of an adapter of method meteora, and the adapters that it chooses from."""
+
+    members: tuple[AdapterSpec, ...]
+    """Each as it is alone: `name` is the member's, `init_from` where its values are from."""
+    top_k: int
+    loss: float
+    """Coefficient of the cross-entropy between the gate and the member that a row belongs to."""
+    train_members: bool
+    top_p: ClassVar[float] = 1.0
+    """All of the top_k members are used."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +109,7 @@ class AdapterSpec:
     max_steps: int
     target_modules: tuple[str, ...] | str
     feedforward_modules: tuple[str, ...] | None
+    target_parameters: tuple[str, ...] = ()
     parent_module: str | None = None
     sweep: str | None = None
     init_from: str | None = None
@@ -92,6 +134,12 @@ class AdapterSpec:
     """The labels that the head predicts, without weights."""
     pooling: Pooling | None = None
     """How embeddings are made, of an adapter that learns them; None for all other tasks."""
+    experts: Experts | None = None
+    """Of mixlora and switch; None for all other methods."""
+    gate: Gate | None = None
+    """Of meteora; None for all other methods."""
+    mask: SparseMask | None = None
+    """sparse: the entries that the adapter changes; None for all other methods."""
 
     @property
     def writes_text(self) -> bool:
@@ -99,9 +147,27 @@ class AdapterSpec:
         return self.head is None and self.pooling is None
 
     @property
+    def is_routed(self) -> bool:
+        """Whether a router chooses, for each token, among the parts of the adapter."""
+        return self.method in ROUTED
+
+    @property
+    def layer_method(self) -> str:
+        """The method that computes the adapter's layers: that of the experts, if it has some."""
+        return self.method if self.experts is None else self.experts.method
+
+    @property
     def head_lr_ratio(self) -> float:
         """The learning rate of the head relative to that of the other parameters."""
         return 1.0 if self.head_lr is None else self.head_lr / self.lr
+
+    @property
+    def second_lr_ratio(self) -> float:
+        """The learning rate of the second group of parameters (`Pool.rate_columns`) relative to lr: that of
+        B, or 0 for the frozen members of a gate."""
+        if self.gate is not None and not self.gate.train_members:
+            return 0.0
+        return self.lr_ratio
 
     @property
     def seed_name(self) -> str:
@@ -120,7 +186,7 @@ class AdapterSpec:
 
     def at(self, module: str) -> AdapterSpec:
         """The adapter as it is on one module: with the rank, alpha and scaling there, without patterns."""
-        return _spec_at(self, module) if self.has_patterns else self
+        return _spec_at(self, module) if self.has_patterns or self.mask else self
 
 
 @lru_cache(maxsize=2**16)
@@ -134,6 +200,7 @@ def _spec_at(spec: AdapterSpec, module: str) -> AdapterSpec:
         scaling=scaling_of(rank, alpha, spec.rslora),
         rank_pattern=(),
         alpha_pattern=(),
+        mask=None if spec.mask is None else replace(spec.mask, module=module),
     )
 
 
@@ -152,7 +219,8 @@ def make_spec(
     Returns:
         The specification, with defaults filled in.
     """
-    rank = adapter.rank or DEFAULT_RANK[adapter.method]
+    experts = experts_of(adapter)
+    rank = adapter.rank or DEFAULT_RANK[adapter.method if experts is None else experts.method]
     alpha = adapter.alpha or 2.0 * rank
     steps = adapter.max_steps or default_steps
     init_from = adapter.init_from
@@ -177,6 +245,7 @@ def make_spec(
         max_steps=steps,
         target_modules=_hashable(adapter.target_modules),
         feedforward_modules=_hashable(adapter.feedforward_modules),
+        target_parameters=tuple(adapter.target_parameters or ()),
         parent_module=adapter.parent_module,
         sweep=adapter.sweep,
         init_from=init_from,
@@ -195,7 +264,46 @@ def make_spec(
         head=None if labels is None else head_shape(labels),
         head_lr=adapter.head_lr,
         labels=labels,
+        experts=experts,
+        gate=gate_of(family, adapter),
     )
+
+
+def experts_of(adapter: AdapterConfig) -> Experts | None:
+    """The experts of an entry of `adapters:`, with defaults filled in; None for a method without."""
+    if adapter.method not in ("mixlora", "switch"):
+        return None
+    count = adapter.experts or DEFAULT_EXPERTS
+    return Experts(
+        method=adapter.expert or "lora",
+        count=count,
+        top_k=adapter.top_k or min(DEFAULT_TOP_K, count),
+        top_p=adapter.top_p or 1.0,
+        balance_loss=DEFAULT_BALANCE_LOSS if adapter.balance_loss is None else adapter.balance_loss,
+        jitter=adapter.jitter or 0.0,
+    )
+
+
+def gate_of(family: str, adapter: AdapterConfig) -> Gate | None:
+    """The gate of an entry of `adapters:`, with defaults filled in; None for a method without. Its loss is
+    that of tasks with task_id."""
+    if adapter.method != "meteora":
+        return None
+    members = tuple(member_spec(family, member) for member in adapter.members or ())
+    return Gate(
+        members=members,
+        top_k=adapter.top_k or min(DEFAULT_TOP_K, len(adapter.over or ())),
+        loss=DEFAULT_GATE_LOSS if adapter.gate_loss is None else adapter.gate_loss,
+        train_members=bool(adapter.train_members),
+    )
+
+
+def member_spec(family: str, member: MemberConfig) -> AdapterSpec:
+    """A member of a gate as the adapter that it is alone. family: that of the gate."""
+    settings = member.model_dump(exclude={"name", "source"}, exclude_none=True)
+    alone = AdapterConfig(lr=1.0, init_from=member.source, **settings)
+    spec = make_spec(member.name, family, alone, default_steps=1)
+    return replace(spec, name=member.name, task="")
 
 
 def _hashable(value: Any) -> Any:
@@ -217,6 +325,13 @@ def rank_text(rank: int | None, smallest: int | None) -> str:
     return str(rank or "")
 
 
+def experts_text(spec: AdapterSpec) -> str:
+    """`, 2 of 8 lora experts`; empty for an adapter without experts."""
+    if spec.experts is None:
+        return ""
+    return f", {spec.experts.top_k} of {spec.experts.count} {spec.experts.method} experts"
+
+
 LabelNames = Mapping[str, Sequence[str]]
 """Task -> its labels, for tasks whose labels were read from their rows."""
 
@@ -232,6 +347,8 @@ def expand(config: RunConfig, labels: LabelNames = MappingProxyType({})) -> list
         for task in adapter.tasks or config.tasks:
             steps = config.training.steps
             spec = make_spec(task, family, adapter, default_steps=steps, labels=labels_of.get(task))
+            if spec.gate is not None and config.tasks[task].task_id is None:
+                spec = replace(spec, gate=replace(spec.gate, loss=0.0))
             if config.tasks[task].embeds:
                 spec = replace(spec, pooling=config.tasks[task].pooling or POOLING)
             specs.append(spec)

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from flora_train.adapters.methods import Target
-from flora_train.adapters.spec import AdapterSpec
+from flora_train.adapters.fused_experts import expert_targets
+from flora_train.adapters.methods import Target, TargetMember
+from flora_train.adapters.routed.blocks import with_blocks
+from flora_train.adapters.routed.first_layer import with_first_layer
+from flora_train.adapters.spec import AdapterSpec, Gate
 from flora_train.adapters.target_groups import GROUPS, QUERY_KEY, query_key_layers
 from flora_train.adapters.target_limits import limited
 from flora_train.config.errors import choices, did_you_mean, user_error
@@ -85,25 +88,32 @@ def dense_weight(layer: nn.Module, target: Target) -> Tensor:
 def find_targets(
     model: nn.Module, spec: AdapterSpec, unusable: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, Target]:
-    """Module name -> Target for one adapter.
+    """Module name -> Target for one adapter, and parameter name -> Target for the weights of fused experts.
 
     unusable: layers that no adapter can be attached to -> the reason (layer_usage.py). Raises UserError when
     a name matches no module, an unsupported module, or only unusable layers.
     """
     if spec.method == "head":
         return {}
+    if spec.gate is not None:
+        return _layers_of_members(model, spec.gate, unusable)
     key = f"adapters.{spec.family}"
     selected = _select(model, spec, unusable)
     reason = next((reason for name, reason in unusable.items() if name in selected), None)
     selected = {name: target for name, target in selected.items() if name not in unusable}
     if spec.parent_module is not None and selected:
         selected = _below_parent(selected, spec)
+    selected |= expert_targets(model, spec, unusable)
     if not selected:
         hint = f"{type(model).__name__} has no linear layer to adapt"
         if reason is not None:
             hint += f" that an adapter can be attached to ({reason})"
         raise user_error(f"{key}.target_modules", spec.target_modules, hint)
     check_patterns(spec, selected)
+    if spec.method == "mixlora":
+        return with_blocks(model, selected, spec, linear_layers(model))
+    if spec.method == "switch":
+        return with_first_layer(model, selected, spec, linear_layers(model))
     if spec.method != "ia3":
         return selected
     suffixes = spec.feedforward_modules
@@ -116,9 +126,22 @@ def find_targets(
     if suffixes is None:
         suffixes = tuple(_ia3_default(model, "feedforward_modules", key))
     for name, target in selected.items():
-        if ends_with(name, suffixes):
+        if ends_with(name, suffixes) and not target.experts:
             selected[name] = replace(target, feedforward=True)
     return selected
+
+
+def _layers_of_members(model: nn.Module, gate: Gate, unusable: Mapping[str, str]) -> dict[str, Target]:
+    """The layers that some member of a gate adapts, with these members."""
+    members: dict[str, list[TargetMember]] = {}
+    for number, member in enumerate(gate.members):
+        for name, target in find_targets(model, member, unusable).items():
+            members.setdefault(name, []).append(TargetMember(number, target.feedforward))
+    return {
+        name: replace(target, members=tuple(members[name]))
+        for name, target in linear_layers(model).items()
+        if name in members
+    }
 
 
 def _select(model: nn.Module, spec: AdapterSpec, unusable: Mapping[str, str]) -> dict[str, Target]:

@@ -21,8 +21,8 @@ def export(
             "--as",
             help="peft: PEFT's own formats, exact. flora: fLoRA for PEFT with flora_train.peft_plugin. "
             "merged: plain models with the adapter folded in. lora-svd: the closest LoRA, for servers that "
-            "accept nothing else.",
-            metavar="peft|flora|merged|lora-svd",
+            "accept nothing else. mixlora: MixLoRA's published layout.",
+            metavar="peft|flora|merged|lora-svd|mixlora",
         ),
     ] = "peft",
     rank: Annotated[int | None, typer.Option(help="lora-svd: its rank. Default: 64.", metavar="N")] = None,

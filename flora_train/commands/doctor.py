@@ -15,7 +15,7 @@ from rich.console import Console
 from flora_train.adapters.host_memory import free_memory
 from flora_train.adapters.layer_usage import unusable_by_shape
 from flora_train.adapters.pool import Pool, build_pools
-from flora_train.adapters.spec import AdapterSpec, expand, rank_text
+from flora_train.adapters.spec import AdapterSpec, expand, experts_text, rank_text
 from flora_train.config.errors import UserError
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import shown
@@ -93,7 +93,7 @@ def _pool_name(pool: Pool) -> str:
     smallest, largest = pool.ranks
     if largest:
         names += f", rank {rank_text(largest, smallest)}"
-    return names
+    return names + experts_text(pool.specs[0])
 
 
 def _recipe_facts(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
@@ -129,18 +129,28 @@ def choices_of(
     pool: Pool, tokens_per_adapter: float, dtype: torch.dtype, device: torch.device
 ) -> dict[Choice, list[str]]:
     """Choice -> the layers that use it, as `60 q_proj 576 x 576`."""
-    shapes: Counter[tuple[str, int, int, int]] = Counter()
+    shapes: Counter[tuple[str, int, int, int, int, bool]] = Counter()
     for name, target in pool.targets.items():
         rank = pool.specs[0].at(name).rank
-        shapes[name.rpartition(".")[2], target.in_features, target.out_features, rank] += 1
+        shape = target.in_features, target.out_features
+        shapes[name.rpartition(".")[2], *shape, rank, target.experts, target.block is not None] += 1
     choices: dict[Choice, list[str]] = defaultdict(list)
-    for (name, in_features, out_features, rank), count in shapes.items():
+    for (name, in_features, out_features, rank, of_base, is_of_experts), count in shapes.items():
         members = [replace(spec, rank=rank) for spec in pool.specs]
-        work = _work(members, tokens_per_adapter, (in_features, out_features), dtype=dtype, device=device)
+        # An expert of the base gets a share of the tokens: this counts one expert for each token.
+        tokens = tokens_per_adapter / max(of_base, 1)
         label = f"{count} {name} {in_features} x {out_features}"
+        if of_base:
+            label += f" of {of_base} experts"
         if pool.ranks[0] != pool.ranks[1]:
             label += f" (rank {rank})"
-        choices[_choice(pool.specs[0].method, work)].append(label)
+        experts = pool.specs[0].experts
+        if is_of_experts and experts is not None:
+            label += f" ({experts.top_k} of {experts.count} experts)"
+            members *= experts.count
+            tokens *= experts.top_k / experts.count
+        work = _work(members, tokens, (in_features, out_features), dtype=dtype, device=device)
+        choices[_choice(pool.specs[0].layer_method, work)].append(label)
     return choices
 
 

@@ -13,15 +13,19 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.spec import BASE_ID
+from flora_train.adapters.routed.folder import is_routed_folder
+from flora_train.adapters.spec import BASE_ID, expand
 from flora_train.config.base import ConfigModel, PathText
 from flora_train.config.command_options import read_options
 from flora_train.config.errors import user_error
 from flora_train.config.terminal_text import in_cell, print_plain, print_table
 from flora_train.evaluation.report.files import read_report_if_any
+from flora_train.export.export_forms import check_forms, possible_names
 from flora_train.export.merge import save_merged
+from flora_train.export.mixlora_format import check_layers, check_settings, export_mixlora
 from flora_train.export.model_card import write_card
 from flora_train.export.peft_format import base_of, check_new, export_peft
+from flora_train.export.routed_format import export_adapter
 from flora_train.export.sentence_transformers import write_embedding_files
 from flora_train.export.svd_lora import SvdLora, compute_svd_lora, write_into
 from flora_train.export.usage_snippet import generation_example
@@ -29,29 +33,43 @@ from flora_train.final_evaluation import heldout_losses
 from flora_train.models.loading import load_base_model, load_model_config, load_preprocessors
 from flora_train.run_context import RunContext, load_run, locked, note_differences
 from flora_train.runtime.atomic import check_writable, real_path
-from flora_train.runtime.manifest import EMBEDDING_FILES, PEFT_FILES, PEFT_WARNING
+from flora_train.runtime.manifest import (
+    EMBEDDING_FILES,
+    MIXLORA_FILES,
+    PEFT_FILES,
+    PEFT_WARNING,
+    ROUTED_FILES,
+)
 from flora_train.runtime.progress import ProgressBar
 from flora_train.runtime.run_folder import open_run
 from flora_train.training.origin import OriginOptions
 
-FOLDERS = {"peft": "adapters", "flora": "flora", "merged": "merged", "lora-svd": "lora-svd"}
+FOLDERS = {
+    "peft": "adapters",
+    "flora": "flora",
+    "merged": "merged",
+    "lora-svd": "lora-svd",
+    "mixlora": "mixlora",
+}
 """Format -> folder in the run."""
 DEFAULT_RANK = 64
 """Rank of a lora-svd export. vLLM's own default limit is 16 (`max_lora_rank`), and can be raised."""
 
 
 class ExportOptions(ConfigModel):
-    as_: Literal["peft", "flora", "merged", "lora-svd"] = Field("peft", alias="as")
-    """peft: PEFT's own types (LORA, IA3, HIRA for fLoRA), exact. flora: fLoRA under a type of its own,
-    without HiRA's extra rank, for PEFT with flora_train.peft_plugin. merged: a plain model with the adapter
-    folded in, in float32. lora-svd: the closest LoRA, for servers that accept nothing else."""
+    as_: Literal["peft", "flora", "merged", "lora-svd", "mixlora"] = Field("peft", alias="as")
+    """peft: PEFT's own types (LORA, IA3, HIRA for fLoRA), exact; several folders of a routed adapter. flora:
+    fLoRA under a type of its own, without HiRA's extra rank, for PEFT with flora_train.peft_plugin. merged: a
+    plain model with the adapter folded in, in float32. lora-svd: the closest LoRA, for servers that accept
+    nothing else. mixlora: MixLoRA's published layout, for package mixlora."""
     rank: int | None = Field(None, ge=1, le=65_536)
     """lora-svd only: its rank. Default: 64."""
     max_error: float | None = Field(None, gt=0, lt=1)
     """lora-svd only, instead of rank: the smallest rank, the same in all layers, with |dW - B A| / |dW| at
     most this."""
     out: PathText | None = None
-    """Folder for the adapters' folders. Default: adapters/, flora/, merged/ or lora-svd/ of the run."""
+    """Folder for the adapters' folders. Default: adapters/, flora/, merged/, lora-svd/ or mixlora/ of the
+    run."""
 
     @field_validator("rank", "max_error")
     @classmethod
@@ -82,12 +100,12 @@ def export_adapters(
         as_: `"peft"`: the types of PEFT (LORA, IA3, HIRA for fLoRA), exact. `"flora"`: fLoRA under a type of
             its own, without the extra rank of HIRA, for `flora_train.peft_plugin`. `"merged"`: plain models
             with the adapter folded in, in float32. `"lora-svd"`: the closest LoRA, for servers that accept
-            nothing else.
+            nothing else. `"mixlora"`: MixLoRA's published layout, of adapters of method mixlora.
         rank: With `"lora-svd"`, its rank. Default: 64.
         max_error: With `"lora-svd"`, instead of `rank`: the smallest rank, the same in all layers, with a
             relative error |dW - B A| / |dW| of at most this.
-        out: Folder for the folders of the adapters. Default: adapters/, flora/, merged/ or lora-svd/ of the
-            run.
+        out: Folder for the folders of the adapters. Default: adapters/, flora/, merged/, lora-svd/ or
+            mixlora/ of the run.
         allow_different_base: Accept another base model than the run was trained on. Results say so.
         allow_different_data: Accept other rows than the run was trained on. Results say so.
 
@@ -108,7 +126,8 @@ def export_adapters(
 
 
 def _export(run: str, names: Sequence[str], options: ExportOptions, allow: OriginOptions) -> list[Path]:
-    folder, _ = open_run(run)
+    folder, config = open_run(run)
+    check_forms(expand(config), names, options.as_)
     default = folder.path / FOLDERS[options.as_]
     out = default if options.out is None else Path(options.out)
     in_run = real_path(out).is_relative_to(real_path(folder.path))
@@ -126,6 +145,8 @@ def _export(run: str, names: Sequence[str], options: ExportOptions, allow: Origi
         )
         if is_svd:
             _export_svd(context, names, out, options=options, replace=replace)
+        elif options.as_ == "mixlora":
+            _export_mixlora(context, names, out, replace=replace)
         else:
             _export_exact(context, names, out, own_type=options.as_ == "flora", replace=replace)
         _print_peft_warnings(out, names)
@@ -135,7 +156,10 @@ def _export(run: str, names: Sequence[str], options: ExportOptions, allow: Origi
 def _claim(context: RunContext, names: Sequence[str], out: Path, *, in_default: bool, as_: str) -> bool:
     """Note the files in the run's manifest, if they are written into its own folder. Returns whether files
     that are there are the run's, and may be replaced. Raises UserError if files of others are in the way."""
-    files = [f"{FOLDERS[as_]}/{{adapter}}/{file}" for file in (*PEFT_FILES, *EMBEDDING_FILES)]
+    written: tuple[str, ...] = (*PEFT_FILES, *EMBEDDING_FILES, *ROUTED_FILES)
+    if as_ == "mixlora":
+        written = MIXLORA_FILES
+    files = [f"{FOLDERS[as_]}/{{adapter}}/{file}" for file in written]
     is_own = in_default and (as_ == "peft" or context.folder.names(files))
     if not is_own:
         for name in names:
@@ -147,24 +171,10 @@ def _claim(context: RunContext, names: Sequence[str], out: Path, *, in_default: 
 
 
 def _chosen_names(bank: AdapterBank, names: Sequence[str], as_: str) -> list[str]:
-    """These adapters, or all. Raises UserError for one that is unknown or that cannot be written so."""
-    methods = {spec.name: spec.method for spec in bank.specs}
-    with_head = {spec.name for spec in bank.specs if spec.head is not None}
+    """These adapters, or all that can be written so. Raises UserError for one that is unknown."""
     for name in names:
         bank.id_of(name)
-        if as_ == "lora-svd" and name in with_head:
-            hint = "has a head: --as lora-svd writes adapters of language models; --as peft writes all"
-            raise user_error("adapter", name, hint)
-        if as_ == "flora" and methods[name] != "flora":
-            hint = f"is {methods[name]}: --as flora writes fLoRA only; --as peft writes all methods"
-            raise user_error("adapter", name, hint)
-    possible = [name for name, method in methods.items() if as_ != "flora" or method == "flora"]
-    if as_ == "lora-svd":
-        possible = [name for name in possible if name not in with_head]
-        if not possible:
-            hint = "writes adapters of language models, and all adapters of the run have heads: use peft"
-            raise user_error("as", as_, hint)
-    return list(dict.fromkeys(names)) or possible
+    return list(dict.fromkeys(names)) or possible_names(bank.specs, as_)
 
 
 def _export_exact(
@@ -173,11 +183,22 @@ def _export_exact(
     """PEFT folders, without loss. own_type: under the type of flora_train.peft_plugin."""
     report, base = read_report_if_any(context.folder), base_of(context)
     for name in names:
-        export_peft(context.bank, name, out / name, base=base, own_type=own_type, replace=replace)
-        write_embedding_files(context, name, out / name)
+        export_adapter(context.bank, name, out / name, base=base, own_type=own_type, replace=replace)
         spec = context.bank.specs[context.bank.ids[name]]
+        if not spec.is_routed:
+            write_embedding_files(context, name, out / name)
         example = generation_example(context.config, spec.task)
         write_card(report, spec, out / name, example=example, origin=" ".join(context.differences))
+
+
+def _export_mixlora(context: RunContext, names: Sequence[str], out: Path, *, replace: bool) -> None:
+    """Folders in the published layout of MixLoRA. Nothing is written unless all adapters can be."""
+    base = base_of(context)
+    for name in names:
+        check_settings(context.bank.specs[context.bank.ids[name]])
+        check_layers(context.bank, name)
+    for name in names:
+        export_mixlora(context.bank, name, out / name, base=base, replace=replace)
 
 
 def _export_merged(run: str, names: Sequence[str], out: Path, allow: OriginOptions) -> list[Path]:
@@ -288,7 +309,8 @@ def _print_peft_warnings(out: Path, names: Sequence[str]) -> None:
         file = out / name / PEFT_WARNING
         if file.exists():
             warning = file.read_text(encoding="utf-8").strip()
-            print_plain(f"note: {name}: {warning}; --as merged writes a plain model")
+            advice = "" if is_routed_folder(out / name) else "; --as merged writes a plain model"
+            print_plain(f"note: {name}: {warning}{advice}")
 
 
 def _heldout(

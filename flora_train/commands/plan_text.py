@@ -10,7 +10,7 @@ from shutil import disk_usage
 from rich.console import Console
 
 from flora_train.adapters.pool import Pool
-from flora_train.adapters.spec import rank_text
+from flora_train.adapters.spec import experts_text, rank_text
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import shown
 from flora_train.data.task import Task
@@ -117,6 +117,7 @@ def _pool_line(pool: Pool) -> str:
     smallest, largest = pool.ranks
     if largest:
         names += f", rank {rank_text(largest, smallest)}"
+    names += experts_text(pool.specs[0])
     size = format_size(pool.plane_count * FLOAT * pool.row_size)
     parts = "gradient and moments"
     if pool.has_averages:

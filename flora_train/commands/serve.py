@@ -18,7 +18,7 @@ import psutil
 from pydantic import Field
 
 from flora_train.adapters.spec import expand
-from flora_train.commands.serve_source import Served, open_adapters, prepare
+from flora_train.commands.serve_source import Served, check_routed, open_adapters, prepare
 from flora_train.commands.serve_text import Example, announcement
 from flora_train.config.base import ConfigModel, PathText, Text
 from flora_train.config.command_options import read_options
@@ -85,6 +85,8 @@ def serve_run(run: str, words: Sequence[str] = (), **values: object) -> None:
 
     with _hub_errors(run):
         source, opened = open_adapters(run, options.base)
+        if opened is not None:
+            check_routed(opened[1], names)
         check_installed(run)
         port = free_port(options.host, options.port)
         served = prepare(

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flora_train.adapters.peft_config import PeftConfig, read_config
-from flora_train.adapters.spec import rank_text
+from flora_train.adapters.spec import expand, rank_text
+from flora_train.config.adapter_schema import ROUTED
 from flora_train.config.errors import UserError, choices, user_error
 from flora_train.config.model_schema import ModelConfig
 from flora_train.config.paths import exists, find_file
@@ -22,6 +23,7 @@ from flora_train.serving.vllm_flags import Base
 
 logger = logging.getLogger(__name__)
 
+NO_EXPERTS = "vLLM has no router that chooses their experts for each token"
 Run = tuple[RunFolder, RunConfig]
 TITLES = {"HIRA": "fLoRA", "FLORA": "fLoRA", "LORA": "LoRA", "ADALORA": "LoRA", "IA3": "IA3"}
 
@@ -57,6 +59,9 @@ def open_adapters(run: str, base: str | None) -> tuple[AdapterSource, Run | None
     if speech:
         names = ", ".join(sorted(speech))
         hint = f"has speech tasks ({names}), and vLLM's plugin serves causal models of text only"
+        raise user_error("run", run, hint)
+    if all(config.adapters[family].method in ROUTED for family in config.adapters):
+        hint = f"has routed adapters only, and {NO_EXPERTS}: use flora-train chat"
         raise user_error("run", run, hint)
     if base is not None:
         raise user_error("--base", base, f"is for adapters without a run; {run} names its base")
@@ -116,6 +121,18 @@ def _chosen(source: AdapterSource, run: Run | None, names: Sequence[str]) -> lis
     if not known:
         raise user_error("run", source.label, "has no adapters: no folder in it has an adapter_config.json")
     return choose(source, names)
+
+
+def check_routed(config: RunConfig, names: Sequence[str]) -> None:
+    """Raises UserError for a routed adapter among the names; warns of those that are left out where no names
+    are given."""
+    routed = {spec.name: spec.method for spec in expand(config) if spec.is_routed}
+    for name in names:
+        if name in routed:
+            hint = f"is a routed adapter ({routed[name]}), and {NO_EXPERTS}: use flora-train chat"
+            raise user_error("adapter", name, hint)
+    if routed and not names:
+        logger.warning(f"not served: {choices(routed)}: routed adapters, and {NO_EXPERTS}")
 
 
 def _read(

@@ -145,6 +145,30 @@ def idle_seed(tasks: Mapping[str, TaskConfig], adapters: Mapping[str, AdapterCon
     return None
 
 
+def gates_without_ids(
+    tasks: Mapping[str, TaskConfig], adapters: Mapping[str, AdapterConfig]
+) -> Problem | None:
+    """A gate's loss needs the column that says which member a row belongs to, and the column a gate."""
+    gated: set[str] = set()
+    for name, adapter in adapters.items():
+        if adapter.method != "meteora":
+            continue
+        of_adapter = [task for task in adapter.tasks or tasks if task in tasks]
+        gated.update(adapter.tasks or tasks)
+        if adapter.gate_loss is not None and of_adapter and not any(tasks[t].task_id for t in of_adapter):
+            hint = (
+                f"requires tasks.{of_adapter[0]}.task_id, the column that says which member a row belongs "
+                "to: set it, or remove this key"
+            )
+            return Problem(f"adapters.{name}.gate_loss", adapter.gate_loss, hint)
+    for name, task in tasks.items():
+        is_used = name in gated or (task.is_split and any(used.startswith(f"{name}_") for used in gated))
+        if task.task_id is not None and not is_used:
+            hint = "is not used, because no adapter of method meteora learns this task: add one, or remove it"
+            return Problem(f"tasks.{name}.task_id", task.task_id, hint)
+    return None
+
+
 def small_draws(tasks: Mapping[str, TaskConfig], examples_per_draw: int) -> Problem | None:
     """KTO compares every completion with the others of its draw; the loss of embeddings, every pair."""
     pairs = [name for name, task in tasks.items() if needs_other_pairs(task)]

@@ -10,6 +10,7 @@ from flora_train.config.consistency import (
     AdapterOutline,
     Contradictions,
     disagreements,
+    gates_without_ids,
     heads_without_labels,
     idle_seed,
     mixed_task_types,
@@ -95,6 +96,8 @@ class RunConfig(ConfigModel):
         if not problems and (problem := small_draws(self.tasks, self.mixture.examples_per_draw)):
             problems = [problem]
         if not problems and (problem := heads_without_labels(self.tasks, self.adapters)):
+            problems = [problem]
+        if not problems and (problem := gates_without_ids(self.tasks, self.adapters)):
             problems = [problem]
         if not problems and (problem := idle_seed(self.tasks, self.adapters)):
             problems = [problem]

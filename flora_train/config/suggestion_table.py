@@ -146,6 +146,38 @@ SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
         ("lora", "lora_config", "peft_config", "flora", "dora", "ia3", "methods"),
         (Suggestion("adapters", "Write adapters.NAME.method=lora and further keys below adapters.NAME."),),
     ),
+    **dict.fromkeys(
+        ("num_experts", "n_experts", "expert_num", "num_local_experts", "moe_num_experts", "expert_count"),
+        (Suggestion(f"{ADAPTER}.experts"),),
+    ),
+    **dict.fromkeys(
+        ("moe_top_k", "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "router_top_k"),
+        (Suggestion(f"{ADAPTER}.top_k"),),
+    ),
+    **dict.fromkeys(
+        (
+            "router_aux_loss_coef",
+            "router_loss_coef",
+            "aux_loss_coef",
+            "router_aux_loss",
+            "load_balancing_loss_coef",
+            "balance_loss_coef",
+            "moe_aux_loss_coeff",
+        ),
+        (Suggestion(f"{ADAPTER}.balance_loss", "Write the coefficient; 0 switches the loss off."),),
+    ),
+    **dict.fromkeys(
+        ("jitter_noise", "router_jitter_noise", "router_jitter", "input_jitter"),
+        (Suggestion(f"{ADAPTER}.jitter", "Write a share such as 0.01; it is applied in training only."),),
+    ),
+    **dict.fromkeys(
+        ("routing_strategy", "moe_type", "router_type"),
+        (Suggestion(f"{ADAPTER}.method", "Write mixlora, meteora or switch."),),
+    ),
+    **dict.fromkeys(
+        ("expert_lora", "expert_type", "expert_method"),
+        (Suggestion(f"{ADAPTER}.expert", "Write lora, flora or ia3."),),
+    ),
     # training
     **dict.fromkeys(
         (

@@ -115,7 +115,10 @@ def _keys_below(model: type[BaseModel], prefix: str) -> Iterator[str]:
 
 
 def section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section in `Section`, `Section | None` or `Annotated[Section, ...]`; None for other types."""
+    """The section in `Section`, `Section | None` or `Annotated[Section, ...]`; None for other types, also for
+    lists of sections, whose keys have a number in them."""
+    if get_origin(annotation) is list:
+        return None
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for inner in get_args(annotation):

@@ -20,6 +20,13 @@ SWEPT = (
     "rank",
     "alpha",
     "variant",
+    "expert",
+    "experts",
+    "top_k",
+    "top_p",
+    "balance_loss",
+    "jitter",
+    "gate_loss",
     "dropout",
     "neftune_noise_alpha",
     "lr_ratio",
@@ -39,11 +46,15 @@ MOST_MEMBERS = 10_000
 LIMIT = f"at most {MOST_MEMBERS:,} adapters are made by sweeps in one run"
 LISTS = (
     "tasks",
+    "over",
     "target_modules",
+    "target_parameters",
     "feedforward_modules",
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
+    "over",
+    "members",
 )
 """Keys whose value is a list."""
 

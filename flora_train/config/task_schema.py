@@ -177,6 +177,12 @@ class TaskConfig(EmbeddingKeys, LabelKeys, ChatKeys):
     programming problems."""
     speech: SpeechConfig | None = None
     """Makes this a speech task. Default: a task of text."""
+    task_id: Text | None = None
+    """Column that names, for each row, the adapter in adapters.*.over that the row belongs to: adapters of
+    method meteora learn to choose it (gate_loss). Only training reads it. Default: their gates learn from the
+    loss of the texts alone."""
+    task_members: list[Text] | None = None
+    """With task_id: the names that the column may hold. Set by the program: those of the adapters in over."""
     license: Text | None = None
     """License of the rows, for the model cards of its adapters: an identifier of the hub (mit, cc0-1.0,
     other, ...)."""
@@ -335,6 +341,22 @@ class TaskConfig(EmbeddingKeys, LabelKeys, ChatKeys):
                 f"belongs to a task of clips, {text_keys[0]} to a task of text: remove one of them"
             )
         return speech
+
+    @field_validator("task_id")
+    @classmethod
+    def _texts_belong_to_members(cls, column: str | None, info: ValidationInfo) -> str | None:
+        if column is None:
+            return None
+        kinds = {
+            "labels": is_labelled(info),
+            "preferences": info.data.get("objective") not in (None, "sft"),
+            "embeddings": info.data.get("anchor") is not None,
+            "speech": info.data.get("speech") is not None,
+        }
+        for kind, is_kind in kinds.items():
+            if is_kind:
+                raise ValueError(f"has no meaning for {kind}: it belongs to tasks of texts; remove it")
+        return column
 
     @property
     def label_metrics(self) -> list[str]:

@@ -42,6 +42,9 @@ class Row:
     texts: 0 for the anchor, 1 for the positive, 2 for the negative."""
     unit: int | None = None
     """Number, within its step, of the rows that a loss couples: a pair, or a draw. None: no other row."""
+    draw: int | None = None
+    """Number, within its step, of the draw that the load of its adapter's router is balanced over; None for
+    other adapters."""
     frozen: bool = False
     """Whether it gets no gradient: rows of the reference, and rows that the KL term of KTO is computed
     from."""
@@ -109,10 +112,11 @@ def group_by_length(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
     """Micro-batches of at most `max_tokens` padded tokens, with similar lengths together, each ordered by
     adapter.
 
-    Rows that a loss couples stay together. Those of the reference are in every micro-batch that compares an
-    adapter with them, once for all its adapters. What is longer than `max_tokens` gets a micro-batch of its
-    own. Rows of different encoder windows are not mixed, so that no clip is padded because of another;
-    neither are rows that share an encoding and rows that do not.
+    Rows that a loss couples stay together, as do those of a draw that a router is balanced over. Those of the
+    reference are in every micro-batch that compares an adapter with them, once for all its adapters. What is
+    longer than `max_tokens` gets a micro-batch of its own. Rows of different encoder windows are not mixed,
+    so that no clip is padded because of another; neither are rows that share an encoding and rows that do
+    not.
     """
     groups: list[_Group] = []
     for unit in _coupled(rows):
@@ -175,14 +179,18 @@ def _coupled(rows: Sequence[Row]) -> list[_Unit]:
     """The units of rows, the longest first."""
     units: list[_Unit] = []
     coupled: dict[tuple[str, int, int], list[Row]] = {}
+    draws: dict[tuple[str, int, int], list[Row]] = {}
     references: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
-        if row.unit is None:
+        if row.unit is None and row.draw is not None:
+            draws.setdefault((row.task, row.draw, row.adapter), []).append(row)
+        elif row.unit is None:
             units.append(_Unit((row,)))
         elif row.adapter < 0:
             references.setdefault((row.task, row.unit), []).append(row)
         else:
             coupled.setdefault((row.task, row.unit, row.adapter), []).append(row)
+    units += [_Unit(tuple(members)) for members in draws.values()]
     for (task, unit, _), members in coupled.items():
         units.append(_Unit(tuple(members), tuple(references.get((task, unit), ()))))
     return sorted(units, key=lambda unit: unit.order)

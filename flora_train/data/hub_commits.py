@@ -55,6 +55,9 @@ def _repositories(config: RunConfig) -> Iterator[tuple[str, str | None, RepoType
     for adapter in config.adapters.values():
         if adapter.init_from is not None and not _is_local(adapter.init_from):
             yield adapter.init_from, None, "model"
+        for member in adapter.over or ():
+            if "/" in member and not _is_local(member):
+                yield member, None, "model"
     learnt: set[str] = set()
     for adapter in config.adapters.values():
         learnt.update(adapter.tasks or config.tasks)

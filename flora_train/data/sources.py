@@ -21,6 +21,7 @@ BUILT = {
     "assets/speech_local/": "make speech-local",
     "assets/clinical_local/": "python assets/build_clinical_corpus.py",
     "assets/udhr_local/": "python assets/build_many_languages.py",
+    "assets/routed_local/": "python assets/build_routed_mixture.py",
 }
 """Folders that are built once -> the command that builds them."""
 

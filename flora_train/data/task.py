@@ -15,6 +15,7 @@ from flora_train.config.task_schema import TaskConfig
 from flora_train.data.audio.common_voice import check_clips_exist
 from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.audio.speech_task import load_speech_task
+from flora_train.data.balanced_draws import balance_problem
 from flora_train.data.chat.rows import ChatRowEncoder
 from flora_train.data.documents import RowEncoder
 from flora_train.data.embeddings.costs import embedding_problems
@@ -26,6 +27,7 @@ from flora_train.data.labels.load import labelled_texts
 from flora_train.data.labels.rows import LabelRowEncoder
 from flora_train.data.labels.spec import LabelSpec
 from flora_train.data.labels.verbalizer import VerbalizerRowEncoder
+from flora_train.data.member_rows import MemberRowEncoder, with_members
 from flora_train.data.mixture import draw_problem
 from flora_train.data.preferences.costs import largest_unit, row_costs, unit_problem
 from flora_train.data.preferences.preference import Preference, preference_of
@@ -66,6 +68,8 @@ class Task:
     """The labels of texts, from which each of its adapters learns a head; None: there is no head."""
     embedding: EmbeddingSpec | None = None
     """How embeddings are made and learnt from pairs or triplets; None: the task learns none."""
+    members: tuple[str, ...] = ()
+    """With task_id: the members of gates that the targets of its splits are the numbers of."""
 
     @property
     def evaluated(self) -> TokenSplit:
@@ -116,9 +120,12 @@ def load_tasks(
 def _draw_problems(task: Task, config: RunConfig) -> list[Problem]:
     """Problems of draws that do not fit into a step, or into a micro-batch if a loss couples their rows."""
     cached = []
-    for adapter in config.adapters.values():
-        if task.name not in (adapter.tasks or config.tasks):
-            continue
+    learners = {
+        name: adapter
+        for name, adapter in config.adapters.items()
+        if task.name in (adapter.tasks or config.tasks)
+    }
+    for adapter in learners.values():
         has_initial_state = adapter.init_from is not None
         cached.append(task.preference is not None and task.preference.reads_cache(has_initial_state))
     examples = config.mixture.examples_per_draw
@@ -140,6 +147,15 @@ def _draw_problems(task: Task, config: RunConfig) -> list[Problem]:
             tokens_per_microbatch=config.training.tokens_per_microbatch,
         ),
     ]
+    if task.preference is None and task.embedding is None:
+        problem = balance_problem(
+            task.name,
+            task.train,
+            learners,
+            examples=examples,
+            tokens_per_microbatch=config.training.tokens_per_microbatch,
+        )
+        problems.append(problem)
     problems += embedding_problems(
         task.name,
         task.train,
@@ -232,8 +248,11 @@ def load_spoken_task(
 
 def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, cache: Path) -> Task:
     """A task of text."""
+    task = with_members(name, task, config.adapters)
     loaded = load_text_splits(name, task, config, tokenizer, cache)
     encoder, splits = loaded.encoder, dict(loaded.splits)
+    if isinstance(encoder, MemberRowEncoder):
+        encoder = encoder.inner
     preference, label, embedding = None, None, None
     if isinstance(encoder, PreferenceRowEncoder):
         preference = preference_of(task)
@@ -256,8 +275,9 @@ def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: An
         test=splits.get("test"),
         preference=preference,
         label=label,
-        format=_format_of(loaded.encoder),
+        format=_format_of(encoder),
         embedding=embedding,
+        members=tuple(task.task_members or ()),
     )
 
 

@@ -8,17 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from flora_train.adapters.routed.expert_names import SHARED
+from flora_train.adapters.routed.folder import HEAD, ROUTERS, ROUTING
 from flora_train.adapters.spec import AdapterSpec, rank_text
 from flora_train.config.errors import user_error
-from flora_train.config.json_format import parse_object, read_object
+from flora_train.config.json_format import parse_object
 from flora_train.config.schema import RunConfig
 from flora_train.evaluation.report.formatting import estimate, number
 from flora_train.evaluation.report.types import Report, TaskResult
 from flora_train.evaluation.result_model import Count, Interval, ResultModel, Text
+from flora_train.export.adapter_description import config_files, description_of
 from flora_train.export.label_names import read_labels
 from flora_train.export.model_card import METHOD_TITLES, in_code, in_line, write_card
 from flora_train.export.model_card_results import benchmarks
@@ -151,7 +153,7 @@ def stage(
         example = generation_example(config, spec.task)
         folders[spec.name] = _stage_adapter(run, spec, example, staging=staging)
     first_folder = next(iter(folders.values()))
-    base = staging.base or str(_read_config(first_folder)["base_model_name_or_path"])
+    base = staging.base or str(description_of(first_folder)["base_model_name_or_path"])
     entries = {spec.name: _entry(spec, staging.report, run=run_id, base=base) for spec in specs}
     page = run.evaluation / "report.html"
     report_file = {"report.html": page} if page.exists() else {}
@@ -166,7 +168,7 @@ def stage(
         files |= {f"{name}/{path}": file for path, file in _files(folder).items()}
     example = generation_example(config, specs[0].task)
     snippet = usage_snippet(
-        _read_config(first_folder),
+        description_of(first_folder),
         example,
         source=staging.repo,
         subfolder=specs[0].name,
@@ -205,25 +207,25 @@ def _stage_adapter(
 ) -> Path:
     folder = staging.folder / "adapters" / spec.name
     folder.mkdir(parents=True)
-    for name in (*PEFT_FILES, *EMBEDDING_FILES):  # other files in the adapter's folder are not published
+    required, optional = _files_of(run, spec)
+    for name in (*required, *optional):  # other files in the adapter's folder are not published
         file = run.adapters / spec.name / name
-        if name in EMBEDDING_FILES and not file.exists():
+        if name in optional and not file.exists():
             continue
         if name == BASE_RECORD and staging.base is not None:
             continue  # the hash is that of the run's own base model
-        if name in ("README.md", BASE_RECORD, LABELS, PEFT_WARNING) and not file.exists():
-            continue
         if not file.is_file():
             raise user_error("run", str(run.path), f"lacks {file}: flora-train export {run.path} writes it")
         with disk_errors(folder / name):
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, folder / name)
-    content = _checked_config(run, spec.name)
+    described = description_of(run.adapters / spec.name, f"flora-train export {run.path} writes it again")
+    if spec.is_routed and described["task_type"] != "CAUSAL_LM":
+        hint = f"is {spec.method} and continues no texts: its card could not say how to load it"
+        raise user_error("adapter", spec.name, hint)
     if staging.base is not None:
-        # The recipe's revision belongs to another repository.
-        content |= {"base_model_name_or_path": staging.base, "revision": None}
-        text = json.dumps(content, indent=2) + "\n"
-        write_atomically(folder / "adapter_config.json", lambda path: path.write_text(text, encoding="utf-8"))
+        for file in config_files(folder):
+            _name_base(file, staging.base)
     source, subfolder = staging.repo, None
     if staging.repo_per_adapter:
         source = f"{staging.repo}-{spec.name}"
@@ -240,21 +242,25 @@ def _stage_adapter(
     )
 
 
-def _checked_config(run: RunFolder, name: str) -> dict[str, Any]:
-    """The content of the adapter's adapter_config.json. Raises UserError if it is damaged."""
-    hint = f"flora-train export {run.path} writes it again"
-    path = run.adapters / name / "adapter_config.json"
-    content = read_object(path, hint)
-    if not isinstance(content.get("base_model_name_or_path"), str) or not isinstance(
-        content.get("peft_type"), str
-    ):
-        raise user_error(str(path), None, f"is damaged: {hint}")
-    return {"task_type": None, **content}
+def _files_of(run: RunFolder, spec: AdapterSpec) -> tuple[list[str], list[str]]:
+    """The files of an exported adapter that are published: those that it must have, and others."""
+    optional = ["README.md", BASE_RECORD, LABELS, PEFT_WARNING, *EMBEDDING_FILES]
+    if not spec.is_routed:
+        return [name for name in PEFT_FILES if name not in optional], optional
+    folder = run.adapters / spec.name
+    parts = [path.name for path in sorted(folder.glob("expert_*")) if path.is_dir()]
+    if (folder / SHARED).is_dir():
+        parts.append(SHARED)
+    files = [f"{part}/{name}" for part in parts for name in PEFT_FILES[:2]]
+    warnings = [f"{part}/{PEFT_WARNING}" for part in parts]
+    return [ROUTING, ROUTERS, *files], [*optional, HEAD, *warnings]
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return content
+def _name_base(file: Path, base: str) -> None:
+    """Name another base model in a file. The recipe's revision belongs to another repository."""
+    content = {**json.loads(file.read_text(encoding="utf-8")), "base_model_name_or_path": base}
+    text = json.dumps({**content, "revision": None}, indent=2) + "\n"
+    write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _files(folder: Path) -> dict[str, Path]:

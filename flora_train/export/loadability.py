@@ -25,8 +25,10 @@ from flora_train.adapters.methods import METHODS
 from flora_train.adapters.peft_config import PeftConfig
 from flora_train.adapters.peft_tensors import PREFIX, suffixes_of
 from flora_train.adapters.pool import Pool
+from flora_train.adapters.routed.parts import distinct_parts, parts_of
 from flora_train.adapters.spec import AdapterSpec, HeadShape
 from flora_train.config.errors import first_line, user_error
+from flora_train.export.expert_forms import has_experts, modules_of_parameters, split_targets
 from flora_train.export.peft_forms import (
     EMBEDDINGS,
     BaseModel,
@@ -54,6 +56,13 @@ class Problem:
     text: str
     silent: bool
     """Whether PEFT ignores tensors instead of refusing the adapter."""
+
+
+NO_FORM = Problem(
+    "PEFT has no fLoRA and no IA3 on the weights of fused experts (target_parameters), so that this form is "
+    "flora_train's own",
+    silent=False,
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,8 @@ class Loadability:
         return self._forms[key]
 
     def _choose_form(self, layers: Layers, spec: AdapterSpec, head: Head | None) -> Written:
+        if has_experts(layers):
+            return self._form_on_experts(layers, spec, head)
         problem = self._problem_of_form(layers, spec, "own", head=head)
         if (
             problem is None
@@ -101,6 +112,12 @@ class Loadability:
         ):
             return Written("own", problem)
         return Written("ADALORA", avoided=problem)
+
+    def _form_on_experts(self, layers: Layers, spec: AdapterSpec, head: Head | None) -> Written:
+        """Of all methods, PEFT has LoRA alone on the weights of fused experts."""
+        if spec.method != "lora":
+            return Written("EXPERTS", NO_FORM)
+        return Written("own", self._problem_of_form(layers, spec, "own", head=head))
 
     def _plain_model(self, head: Head | None) -> nn.Module:
         """A copy of the model, without weights, that an adapter with this head is loaded onto."""
@@ -115,11 +132,13 @@ class Loadability:
     def _problem_of_form(
         self, layers: Layers, spec: AdapterSpec, form: Form, *, head: Head | None
     ) -> Problem | None:
-        if self.empty_model is None or not layers.keys() <= self.names.keys():
+        linear, experts = split_targets(layers)
+        modules = linear.keys() | modules_of_parameters(experts)
+        if self.empty_model is None or not modules <= self.names.keys():
             return None
         parameters: dict[str, dict[str, Tensor]] = {}
         for module, target in layers.items():
-            shapes = METHODS[spec.method].shapes(spec.at(module), target)
+            shapes = METHODS[spec.method].shapes_at(spec.at(module), target)
             parameters[module] = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         base = BaseModel("")
         config = config_of(self.empty_model, self.names, layers, spec=spec, base=base, form=form, head=head)
@@ -139,6 +158,7 @@ class Loadability:
         of_head = {f"{PREFIX}{parameter}" for parameter in shapes_of(head)}
         in_layers = shapes.keys() - of_head
         modules = {_without_suffix(name.removeprefix(PREFIX), suffixes) for name in in_layers}
+        modules = {module.replace(".base_layer", "") for module in modules}  # nested for several parameters
         if self.empty_model is None:
             return None
         prefix = ""
@@ -257,10 +277,21 @@ def notes(model: nn.Module, pools: Iterable[Pool]) -> Iterator[str]:
     noted = set()
     for pool in pools:
         for spec in {spec.family: spec for spec in pool.specs}.values():
-            written = checks.written(pool.targets, spec, pool.head)
-            if spec.family not in noted and (written.problem or written.avoided):
-                noted.add(spec.family)
-                yield _note(spec.family, written)
+            for layers, plain, head in _plain_adapters(pool, spec):
+                written = checks.written(layers, plain, head)
+                if spec.family not in noted and (written.problem or written.avoided):
+                    noted.add(spec.family)
+                    yield _note(spec.family, written)
+
+
+def _plain_adapters(pool: Pool, spec: AdapterSpec) -> Iterator[tuple[Layers, AdapterSpec, Head | None]]:
+    """Layers, settings and head of what is exported of an adapter as PEFT folders of its own: of a routed one
+    one part of each kind."""
+    if not spec.is_routed:
+        yield pool.targets, spec, pool.head
+        return
+    for part in distinct_parts(parts_of(pool, spec)):
+        yield part.targets, part.spec, None
 
 
 def log_notes(model: nn.Module, pools: Iterable[Pool]) -> None:
@@ -276,5 +307,7 @@ def _note(family: str, written: Written) -> str:
     key = f"adapters.{family}.target_modules"
     if written.problem.silent:
         raise user_error(key, None, f"{written.problem.text}: choose other layers")
+    if written.form == "EXPERTS":
+        key = f"adapters.{family}.target_parameters"
     advice = f"use it with flora-train or export it --as merged, or choose other layers in {key}"
     return f"{family}: {written.problem.text}; {advice}"

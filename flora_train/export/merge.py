@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.expert_parameters import AdapterExperts, ExpertWeight
 from flora_train.adapters.heads import head_model
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.spec import AdapterSpec
@@ -33,6 +34,7 @@ def merge_into_base(bank: AdapterBank, name: str) -> nn.Module:
     spec = pool.specs[member]
     parameters = bank.parameters_of(name)
     _check_not_shared(bank.model, parameters)
+    _merge_experts(bank, name)
     for module, layer in [(n, m) for n, m in bank.model.named_modules() if isinstance(m, AdapterLinear)]:
         if module in parameters:
             params = {param: tensor.to(bank.device) for param, tensor in parameters[module].items()}
@@ -48,6 +50,32 @@ def merge_into_base(bank: AdapterBank, name: str) -> nn.Module:
     return bank.model
 
 
+def _merge_experts(bank: AdapterBank, name: str) -> None:
+    """Merge one adapter into the fused experts that it changes, and unwrap all of them."""
+    pool, member = bank.location[bank.id_of(name)]
+    parameters = bank.parameters_of(name)
+    for module, experts in [(n, m) for n, m in bank.model.named_modules() if isinstance(m, AdapterExperts)]:
+        for part in experts.layout.weights:
+            target = pool.targets.get(f"{module}.{part}")
+            if target is None:
+                continue
+            params = {param: value.to(bank.device) for param, value in parameters[target.name].items()}
+            weights, biases = experts.part(part).weight, experts.part(part).bias
+            for e in range(experts.layout.experts):
+                bias = None if biases is None else biases[e]
+                merged, merged_bias = pool.method.merge(
+                    weights[e],
+                    bias,
+                    {param: value[e] for param, value in params.items()},
+                    spec=pool.specs[member].at(target.name),
+                    feedforward=target.feedforward,
+                )
+                weights[e].copy_(merged)
+                if bias is not None and merged_bias is not None:
+                    bias.copy_(merged_bias)
+        bank.model.set_submodule(module, experts.base_layer)
+
+
 def _check_not_shared(model: nn.Module, modules: Iterable[str]) -> None:
     modules_of_weight: dict[int, list[str]] = defaultdict(list)
     for name, parent in model.named_modules():
@@ -55,7 +83,10 @@ def _check_not_shared(model: nn.Module, modules: Iterable[str]) -> None:
             for parameter in child.parameters(recurse=False):
                 modules_of_weight[id(parameter)].append(f"{name}.{part}".removesuffix(".base_layer"))
     for module in modules:
-        weight = getattr(model.get_submodule(module).base_layer, "weight", None)
+        layer = model.get_submodule(module)
+        if isinstance(layer, ExpertWeight):
+            continue
+        weight = getattr(layer.base_layer, "weight", None)
         if others := [other for other in modules_of_weight[id(weight)] if other != module]:
             hint = f"{module} shares its weight with {others[0]}, which has no adapter: export it as peft"
             raise user_error("as", "merged", hint)

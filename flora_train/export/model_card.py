@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.paths import find_file
 from flora_train.config.terminal_text import plain
 from flora_train.evaluation.report.types import AdapterFacts, Report, TaskSummary
+from flora_train.export.adapter_description import description_of
 from flora_train.export.label_names import read_labels
 from flora_train.export.model_card_results import CardMetric, card_results, tables
 from flora_train.export.peft_forms import EMBEDDINGS
@@ -36,6 +36,9 @@ METHOD_TITLES = {
     "dora": "DoRA",
     "ia3": "IA3",
     "head": "head",
+    "mixlora": "MixLoRA",
+    "meteora": "MeteoRA",
+    "switch": "LoRA-Switch",
 }
 
 
@@ -60,10 +63,20 @@ def write_card(
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = description_of(folder)
     warning, warning_text = folder / PEFT_WARNING, ""
     if warning.exists():
         warning_text = warning.read_text(encoding="utf-8").strip()
+    has_loader = not spec.is_routed or config["task_type"] == "CAUSAL_LM"
+    snippet = ""
+    if has_loader:
+        snippet = usage_snippet(
+            config,
+            example or GenerationExample(),
+            source=source or folder.name,
+            subfolder=subfolder,
+            labels=read_labels(folder),
+        )
     base = config["base_model_name_or_path"]
     adapters: dict[str, AdapterFacts] = {}
     tasks: dict[str, TaskSummary] = {}
@@ -106,13 +119,7 @@ def write_card(
         original=METHOD_TITLES[spec.method],
         base=in_code(base),
         revision=in_code(config.get("revision") or ""),
-        snippet=usage_snippet(
-            config,
-            example or GenerationExample(),
-            source=source or folder.name,
-            subfolder=subfolder,
-            labels=read_labels(folder),
-        ),
+        snippet=snippet,
         needs_clip=is_speech,
         task=spec.task,
         others=max(0, len(adapters) - 1),

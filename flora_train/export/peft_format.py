@@ -14,8 +14,9 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.peft_tensors import PREFIX
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import user_error
+from flora_train.export.expert_forms import has_experts
 from flora_train.export.label_names import labels_content
-from flora_train.export.loadability import loadability_of
+from flora_train.export.loadability import NO_FORM, loadability_of
 from flora_train.export.peft_forms import BaseModel, Form, config_of, names_in_peft, tensors_of
 from flora_train.runtime.atomic import disk_errors, temporary_folder
 from flora_train.runtime.manifest import BASE_RECORD, LABELS, PEFT_WARNING
@@ -50,6 +51,7 @@ def export_peft(
     if not replace:
         check_new(folder)
     form = _form(bank, name, own_type, always_lora=always_lora)
+    pool, _ = bank.location[bank.id_of(name)]
     with temporary_folder(folder) as temporary:
         save_file(_tensors(bank, name, form), temporary / WEIGHTS, {"format": "pt"})
         content = json.dumps(_config(bank, name, base=base, form=form), indent=2) + "\n"
@@ -60,8 +62,10 @@ def export_peft(
         if base.identity is not None:
             record = json.dumps({"base": dict(base.identity)}, indent=2) + "\n"
             (temporary / BASE_RECORD).write_text(record, encoding="utf-8")
-        pool, _ = bank.location[bank.id_of(name)]
-        if (problem := loadability_of(bank.model).problem_of(temporary, pool.head)) is not None:
+        problem = (
+            NO_FORM if form == "EXPERTS" else loadability_of(bank.model).problem_of(temporary, pool.head)
+        )
+        if problem is not None:
             (temporary / PEFT_WARNING).write_text(f"{problem.text}\n", encoding="utf-8")
         _move(temporary, folder, replace)
     return folder
@@ -111,6 +115,9 @@ def check_new(folder: Path, key: str = "out") -> None:
 
 
 def _form(bank: AdapterBank, name: str, own_type: bool, *, always_lora: bool) -> Form:
+    pool, _ = bank.location[bank.id_of(name)]
+    if has_experts(pool.targets):
+        return form_of(bank, name)
     if own_type:
         return "FLORA"
     if always_lora:

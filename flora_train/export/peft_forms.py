@@ -14,11 +14,20 @@ from flora_train.adapters.peft_config import ADALORA_EPSILON
 from flora_train.adapters.peft_tensors import PREFIX
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import shortest_suffixes
+from flora_train.export.expert_forms import (
+    has_experts,
+    lora_tensors,
+    own_config,
+    own_tensors,
+    parameter_names,
+    split_targets,
+)
 from flora_train.models.encoders import body_prefix
 
-Form = Literal["own", "FLORA", "ADALORA"]
+Form = Literal["own", "FLORA", "ADALORA", "EXPERTS"]
 """own: LORA, IA3, and HIRA for fLoRA. FLORA: fLoRA under its own PEFT type. ADALORA: a LoRA with unchanged
-tensors, for models whose joined experts make PEFT convert the tensors of a LORA and drop some."""
+tensors, for models whose joined experts make PEFT convert the tensors of a LORA and drop some. EXPERTS: fLoRA
+and IA3 on fused experts, which PEFT has no form for."""
 
 Layers = Mapping[str, Target]
 
@@ -53,16 +62,21 @@ def config_of(
 ) -> dict[str, Any]:
     """The content of adapter_config.json. names: all modules of the model before any adapter was attached;
     head: of an adapter of a label task, whose modules PEFT saves as a whole."""
-    names = list(names)
+    names, prefix = list(names), ""
     if spec.pooling is not None:
-        names, layers = _in_body(body_prefix(model), names, layers)
+        prefix = body_prefix(model)
+        names, layers = _in_body(prefix, names, layers)
+    layers, experts = split_targets(layers)
     # Selected separately: PEFT requires every entry of feedforward_modules to be an entry of target_modules.
     inputs = shortest_suffixes(names, [target.name for target in layers.values() if target.feedforward])
     outputs = shortest_suffixes(names, [target.name for target in layers.values() if not target.feedforward])
     targets = sorted([*outputs, *inputs])
-    if form == "FLORA":
+    if form == "EXPERTS":
+        inputs += [target.name for target in experts.values() if target.feedforward]
+        method: dict[str, Any] = own_config(spec, targets, inputs)
+    elif form == "FLORA":
         variant = "residual" if spec.offset else "pure"
-        method: dict[str, Any] = {
+        method = {
             "peft_type": "FLORA",
             "r": spec.rank,
             "variant": variant,
@@ -77,6 +91,8 @@ def config_of(
         if own.one_rank_in_peft:
             spec = replace(spec, rank=_largest_rank(spec, layers), rank_pattern=())
         method = own.peft_config(spec, targets, inputs)
+    if experts:
+        method["target_parameters"] = parameter_names(model, experts, prefix)
     task_type = task_type_of(model)
     if head is not None:
         method["modules_to_save"] = [module.rpartition(".")[2] for module in head.modules]
@@ -144,8 +160,14 @@ def tensors_of(
 ) -> dict[str, Tensor]:
     """The content of adapter_model.safetensors, by PEFT's names. parameters: module -> parameter ->
     tensor."""
+    if form == "EXPERTS":
+        return own_tensors(parameters, spec.method)
     tensors: dict[str, Tensor] = {}
+    if has_experts(layers):
+        tensors = lora_tensors({name: params for name, params in parameters.items() if layers[name].experts})
     for module, params in parameters.items():
+        if layers[module].experts:
+            continue
         if form == "FLORA":
             by_suffix: Mapping[str, Tensor] = {"flora_A": params["A"], "flora_B": params["B"]}
         elif form == "ADALORA":

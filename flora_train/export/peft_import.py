@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -28,10 +29,12 @@ from flora_train.adapters.peft_tensors import (
     split_head,
     with_whole_names,
 )
+from flora_train.adapters.routed.init_from import copy_values, read_source, values_of
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.subtracted_init import WeightOf, find_initial, on_original_base
 from flora_train.adapters.targets import dense_weight
 from flora_train.config.errors import Problem, UserError, user_error
+from flora_train.export.gate_members import ModuleValues, copy_members, gates_among, values_from_peft
 from flora_train.export.label_names import read_labels
 from flora_train.export.low_rank import modulation, relative_norm
 from flora_train.export.peft_format import peft_config
@@ -49,13 +52,19 @@ Result = TypeVar("Result")
 
 @torch.no_grad()
 def init_from_peft(bank: AdapterBank, adapters: Iterable[int]) -> None:
-    """Copy into each of these adapters the PEFT adapter that its `init_from` names; adapters without one are
-    unchanged.
+    """Copy into each of these adapters the PEFT adapter that its `init_from` names, and into gates the
+    adapters that they choose from; others are unchanged.
 
     Raises UserError with the problems of all adapters (another PEFT type, rank, scale or other layers) before
     any adapter changes. Collective: the base model may be sharded.
     """
-    specs = [bank.specs[adapter] for adapter in adapters]
+    adapters = list(adapters)
+    every = [bank.specs[adapter] for adapter in adapters]
+    specs = [spec for spec in every if not spec.is_routed]
+    routed = on_every_process(
+        lambda: _for_each([spec for spec in every if spec.is_routed], partial(_read_routed, bank))
+    )
+    members = on_every_process(lambda: _read_members(bank, gates_among(bank, adapters)))
     peft_adapters = on_every_process(
         lambda: _for_each(
             [spec for spec in specs if spec.method != "head"],
@@ -78,6 +87,59 @@ def init_from_peft(bank: AdapterBank, adapters: Iterable[int]) -> None:
                 view.copy_(values[f"{module}.{param}"])
     for name, head in heads.items():
         _copy_head(bank, name, head)
+    for name, (parameters, own_head) in routed.items():
+        copy_values(bank.parameters_of(name), parameters)
+        _copy_head(bank, name, own_head)
+    _copy_members(bank, gates_among(bank, adapters), members)
+
+
+def _read_routed(
+    bank: AdapterBank, spec: AdapterSpec, source: str, key: str
+) -> tuple[dict[str, dict[str, Tensor]], Mapping[str, Tensor]]:
+    """The parameters that a routed adapter starts with, and its head. Raises UserError where its folder does
+    not fit."""
+    theirs = read_source(source, key)
+    pool, _ = bank.location[bank.id_of(spec.name)]
+    return values_of(pool, spec, theirs, key), _matching_head(spec, source, theirs.head, key)
+
+
+def _read_members(bank: AdapterBank, gates: Iterable[int]) -> dict[str, PeftAdapter]:
+    """Source -> the PEFT adapter, of the members of these gates that are not adapters of the bank. Raises
+    UserError with all problems."""
+    adapters: dict[str, PeftAdapter] = {}
+    problems: list[Problem] = []
+    for adapter in gates:
+        for _, source, key in _sources_of(bank, adapter):
+            if source in bank.ids or source in adapters:
+                continue
+            try:
+                adapters[source] = read_peft(source, key)
+            except UserError as error:
+                problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return adapters
+
+
+def _copy_members(bank: AdapterBank, gates: Iterable[int], read: Mapping[str, PeftAdapter]) -> None:
+    on_base: dict[str, PeftAdapter] = {}
+    for adapter in gates:
+        values: dict[str, ModuleValues] = {}
+        for member, source, key in _sources_of(bank, adapter):
+            if source not in read:
+                values[member.name] = bank.parameters_of(source)
+                continue
+            if source not in on_base:
+                on_base[source] = on_base_of(bank, read[source], source, key=key)
+            values[member.name] = values_from_peft(bank, adapter, member, on_base[source], key=key)
+        copy_members(bank, adapter, values)
+
+
+def _sources_of(bank: AdapterBank, adapter: int) -> list[tuple[AdapterSpec, str, str]]:
+    """(member, its entry in `over`, key) of each member of a gate."""
+    spec = bank.specs[adapter]
+    assert spec.gate is not None
+    return [(member, str(member.init_from), f"adapters.{spec.family}.over") for member in spec.gate.members]
 
 
 def _copy_head(bank: AdapterBank, name: str, head: Mapping[str, Tensor]) -> None:
@@ -100,6 +162,11 @@ def _read_head(spec: AdapterSpec, source: str, key: str) -> dict[str, Tensor]:
     Raises UserError for an adapter with a head whose task has no labels, and for method head without one.
     """
     _, _, head = split_head(*read_files(source, key))
+    return _matching_head(spec, source, head, key)
+
+
+def _matching_head(spec: AdapterSpec, source: str, head: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
+    """The head, or an empty one where it has other labels. Raises UserError if the task has no labels."""
     if head and spec.head is None:
         hint = f"has a head (modules_to_save), and tasks.{spec.task} has no labels that one learns"
         raise user_error(key, source, hint)
@@ -108,7 +175,7 @@ def _read_head(spec: AdapterSpec, source: str, key: str) -> dict[str, Tensor]:
         if theirs is not None and theirs.names != spec.labels.labels:
             logger.warning(f"{spec.name} begins with a new head: that of {source} has other labels")
             return {}
-    return head
+    return dict(head)
 
 
 def _for_each(

@@ -14,10 +14,12 @@ from flora_train.config.schema import RunConfig
 from flora_train.config.speech_schema import SpeechConfig
 from flora_train.data.audio.speech_processor import NO_TIMESTAMPS, START, TRANSCRIBE
 from flora_train.data.chat.template import ChatTemplate
+from flora_train.export.adapter_description import ROUTED
 from flora_train.export.label_names import LabelNames
 from flora_train.export.label_snippet import label_snippet
 from flora_train.export.peft_forms import EMBEDDINGS
 from flora_train.export.python_source import python_literal
+from flora_train.export.routed_snippet import loading_lines
 from flora_train.models.loading import load_model_config, load_tokenizer, tokenizer_in_code
 from flora_train.models.speech_encoder import is_whisper
 
@@ -105,6 +107,10 @@ def usage_snippet(
         adapter += f", subfolder={python_literal(subfolder)}"
     if adapter_config["task_type"] == EMBEDDINGS:
         return _embed(adapter_config, source, subfolder)
+    if ROUTED in adapter_config:
+        method = adapter_config[ROUTED]["method"]
+        load = loading_lines(source, subfolder, base, example.tokenizer[0], method=method)
+        return "\n".join([*load, *_complete(base, example)])
     imports = ["from peft import PeftModel"]
     if adapter_config["peft_type"] == "FLORA":
         imports.insert(0, "import flora_train.peft_plugin")

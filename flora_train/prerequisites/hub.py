@@ -80,7 +80,7 @@ def _check_cache(missing: Sequence[Need], cached: Sequence[str], findings: Findi
                 "is neither a local folder nor in the hub's cache, and HF_HUB_OFFLINE=1 forbids a download: "
                 "give a local folder, or unset HF_HUB_OFFLINE"
             )
-        elif need.keys[0] == "contenders" or need.keys[0].endswith(".init_from"):
+        elif need.keys[0] == "contenders" or need.keys[0].endswith((".init_from", ".over")):
             hint = f"is not a PEFT adapter's folder here, {hint.removeprefix('is ')}"
         elif need.folders[0]:
             hint = f"{need.folders[0]} of it {hint}"

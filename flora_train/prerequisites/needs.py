@@ -118,6 +118,8 @@ def _data_set(source: SourceConfig) -> Repository:
 def _starts(config: RunConfig) -> Iterator[tuple[str, str]]:
     """(key, name) of the adapters that those of the run start from."""
     for family, adapter in config.adapters.items():
+        for source in adapter.over or ():
+            yield f"adapters.{family}.over", source
         if adapter.init_from is None:
             continue
         for task in adapter.tasks or config.tasks:

@@ -52,6 +52,22 @@ PEFT_FILES = (
     "README.md",
 )
 
+ROUTED_FILES = (
+    "routing.json",
+    "router.safetensors",
+    "head.safetensors",
+    "expert_{n}/adapter_config.json",
+    "expert_{n}/adapter_model.safetensors",
+    "expert_{n}/NOT_FOR_PLAIN_PEFT.txt",
+    "shared/adapter_config.json",
+    "shared/adapter_model.safetensors",
+    "shared/NOT_FOR_PLAIN_PEFT.txt",
+)
+"""What is written of a routed adapter, beside BASE_RECORD, LABELS and its card."""
+
+MIXLORA_FILES = ("adapter_config.json", "adapter_model.bin", BASE_RECORD, "README.md")
+"""What is written of an adapter in the published layout of MixLoRA."""
+
 RUN_FILES = (
     "config.yaml",
     "run.json",
@@ -60,7 +76,7 @@ RUN_FILES = (
     "checkpoints/step-{n}.safetensors",
     "checkpoints/best/{adapter}.safetensors",
     "references/{adapter}.{part}.safetensors",
-    *(f"adapters/{{adapter}}/{file}" for file in (*PEFT_FILES, *EMBEDDING_FILES)),
+    *(f"adapters/{{adapter}}/{file}" for file in (*PEFT_FILES, *EMBEDDING_FILES, *ROUTED_FILES)),
     "eval/report.json",
     "eval/report.html",
     "eval/predictions/{adapter}.jsonl",

@@ -44,7 +44,8 @@ class StepRecord(TypedDict):
     """Task -> tokens drawn since the start of the run."""
     gradient_bytes_sent: int
     adapters: Mapping[str, AdapterMetrics]
-    """Adapter name -> loss, lr, gradient_norm, tokens, skipped_steps and rollbacks."""
+    """Adapter name -> loss, lr, gradient_norm, tokens, skipped_steps and rollbacks; balance_loss or
+    gate_loss, the mean of its steps, of an adapter whose routers or gates have one."""
     quarantined: NotRequired[Mapping[str, StoppedAdapter]]
 
 

@@ -80,5 +80,7 @@ def _inputs(config: RunConfig) -> Iterator[tuple[str, str]]:
     for family, adapter in config.adapters.items():
         for task in config.tasks if adapter.init_from is not None else ():
             yield f"adapters.{family}.init_from", str(adapter.init_from).replace("{task}", task)
+        for member in adapter.over or ():
+            yield f"adapters.{family}.over", member
     for problems in config.evaluation.problems or ():
         yield "evaluation.problems", problems

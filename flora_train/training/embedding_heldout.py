@@ -94,7 +94,7 @@ class Embedder:
         try:
             for done, batch in enumerate(share, start=1):
                 inputs = self.collate(batch, lambda task: split, self.pad_token).to(self.bank.device)
-                with self.bank.routed(inputs.adapter_ids):
+                with self.bank.routed(inputs.adapter_ids, [row.tokens for row in batch]):
                     embeddings = self.row_losses.outputs(inputs).embeddings
                 assert embeddings is not None
                 values[[places[batch[i]] for i in embeddings.positions]] = embeddings.values.float()

@@ -101,7 +101,7 @@ def work_of(
     forward = step.flops / step.batch.rows
     head = _head_operations(model)
     labels = step.batch.tokens * head
-    methods = {spec.name: spec.method for spec in specs}
+    methods = {spec.name: spec.layer_method for spec in specs}
     trained, frozen = _Rows(), _Rows()
     mixture, numbers = make_mixture(tasks, specs, config), planned_steps(config)
     for draw in chain.from_iterable(mixture.step(number) for number in numbers):
@@ -153,7 +153,7 @@ def _heldout_rows(config: RunConfig, specs: Sequence[AdapterSpec], tasks: Mappin
     for spec in specs:
         examples, of_each = len(tasks[spec.task].validation), heldout_rows_of(tasks[spec.task])
         evaluated = examples + times * min(examples, evaluation.max_examples or examples)
-        rows.add(spec.method, of_each * evaluated)
+        rows.add(spec.layer_method, of_each * evaluated)
     for task in tasks.values():
         rows.add("base", heldout_rows_of(task) * len(task.validation))
     return rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -83,6 +83,13 @@ class Guard:
             if update.skipped and adapter not in self.quarantined:
                 self._roll_back(adapter)
                 self._count(adapter, anomalies.get(adapter, "its gradient is not finite"), step)
+
+    def forget(self, adapters: Iterable[int]) -> None:
+        """Begin anew with these adapters: their recent losses, rollbacks and quarantine count no more."""
+        for adapter in adapters:
+            self._losses.pop(adapter, None)
+            self.quarantined.pop(adapter, None)
+            self.rolled_back.pop(adapter, None)
 
     def record(self) -> dict[str, StoppedAdapter]:
         """Name of a quarantined adapter -> step and reason, for the log."""

@@ -144,7 +144,7 @@ def evaluate_heldout(
 
     def compute(batch: Batch) -> None:
         inputs = collate(batch, split_of, pad_token).to(bank.device)
-        with bank.routed(inputs.adapter_ids):
+        with bank.routed(inputs.adapter_ids, [row.tokens for row in batch]):
             losses = row_losses(inputs).double().tolist()
         heads = []
         if batch[0].task in stores:

@@ -14,6 +14,7 @@ from flora_train.runtime.distributed import world
 from flora_train.runtime.progress import ProgressBar
 from flora_train.training.fsdp import is_sharded
 from flora_train.training.pooling import sum_of
+from flora_train.training.step_plan import StepPlan
 from flora_train.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -67,14 +68,16 @@ def time_joint_vs_separate(trainer: Trainer) -> JointSpeedup | None:
         return None
     with ProgressBar("time separate runs", len(separate) + 2) as progress:
         progress.update(0)
-        joint = _seconds(trainer, plan.microbatches)
+        joint = _seconds(trainer, plan.microbatches, plan)
         progress.update(1)
         rate = joint / _padded_tokens(plan.microbatches)
-        seconds, tokens = _time_separately(trainer, separate, deadline - joint, rate, progress)
+        seconds, tokens = _time_separately(
+            trainer, separate, deadline - joint, rate=rate, progress=progress, plan=plan
+        )
         if len(seconds) < LEAST_MEASURED:
             logger.warning(NOT_TIMED)
             return None
-        joint = min(joint, _seconds(trainer, plan.microbatches))
+        joint = min(joint, _seconds(trainer, plan.microbatches, plan))
         progress.update(len(separate) + 2)
     estimate = sum(seconds) * sum(map(_padded_tokens, separate)) / tokens
     return JointSpeedup(joint, estimate, len(separate), len(seconds))
@@ -110,10 +113,16 @@ def _separate_batches(trainer: Trainer, microbatches: Batches) -> list[list[list
 
 
 def _time_separately(
-    trainer: Trainer, separate: Sequence[Batches], deadline: float, rate: float, progress: ProgressBar
+    trainer: Trainer,
+    separate: Sequence[Batches],
+    deadline: float,
+    *,
+    rate: float,
+    progress: ProgressBar,
+    plan: StepPlan,
 ) -> tuple[list[float], int]:
     """Seconds of every adapter that is expected to end before `deadline`, and their padded tokens. rate:
-    seconds per token of the joint pass.
+    seconds per token of the joint pass; plan: of the step that the rows are from.
     """
     seconds: list[float] = []
     rates: list[float] = []
@@ -122,7 +131,7 @@ def _time_separately(
         expected = max(rates, default=2 * rate) * _padded_tokens(batches)
         if time.monotonic() + expected > deadline:
             break
-        seconds.append(_seconds(trainer, batches))
+        seconds.append(_seconds(trainer, batches, plan))
         rates.append(seconds[-1] / _padded_tokens(batches))
         tokens += _padded_tokens(batches)
         progress.update(1 + len(seconds))
@@ -133,13 +142,13 @@ def _padded_tokens(batches: Batches) -> int:
     return sum(map(padded_tokens, batches))
 
 
-def _seconds(trainer: Trainer, batches: Batches) -> float:
+def _seconds(trainer: Trainer, batches: Batches, plan: StepPlan) -> float:
     """Seconds of these passes, whose gradients are discarded."""
     bank, started = trainer.bank, trainer.timer.now()
     try:
         for rows in batches:
             trainer.frozen_pass(rows)
-            sum_of(trainer.learnt_pass(rows, trainer.state.step)).backward()
+            sum_of(trainer.learnt_pass(rows, trainer.state.step, plan)).backward()
         return trainer.timer.now() - started
     finally:
         for pool in bank.pools:

@@ -45,6 +45,8 @@ class TrainingMetrics:
         self.recent_counts: dict[int, float] = defaultdict(int)
         """Adapter id -> these tokens, preferences or weights."""
         self.recent_rewards: dict[int, RewardSums] = {}
+        self.recent_router_losses: dict[int, list[float]] = {}
+        """Adapter id -> the sum of the losses of its routers or gates, and the number of their steps."""
         self.last_steps: dict[int, AdapterStep] = {}
         """Adapter id -> its last update."""
         self._shown_losses: dict[str, str] = {}
@@ -66,6 +68,9 @@ class TrainingMetrics:
             self.skipped[adapter] += steps[adapter].skipped
         for adapter, rewards in totals.rewards.items():
             self.recent_rewards[adapter] = self.recent_rewards.get(adapter, RewardSums()) + rewards
+        for adapter, loss in totals.router_losses.items():
+            total, number = self.recent_router_losses.get(adapter, (0.0, 0.0))
+            self.recent_router_losses[adapter] = [total + loss, number + 1]
         self.last_steps.update(steps)
 
     def recent_losses(self) -> dict[int, float]:
@@ -91,6 +96,12 @@ class TrainingMetrics:
             rewards = self.recent_rewards.get(adapter)
             if rewards is not None:
                 record[self.specs[adapter].name] |= rewards.metrics(round(self.recent_counts[adapter]))
+            if adapter in self.recent_router_losses:
+                total, steps = self.recent_router_losses[adapter]
+                spec = self.specs[adapter]
+                name = "balance_loss" if spec.gate is None else "gate_loss"
+                record[spec.name][name] = total / steps
+        self.recent_router_losses.clear()
         self.recent_loss_sums.clear()
         self.recent_counts.clear()
         self.recent_rewards.clear()
@@ -116,6 +127,7 @@ class TrainingMetrics:
             "recent_loss_sums": by_name(self.recent_loss_sums, self.specs),
             "recent_counts": by_name(self.recent_counts, self.specs),
             "recent_rewards": by_name(rewards, self.specs),
+            "recent_router_losses": by_name(self.recent_router_losses, self.specs),
             "last_steps": by_name(steps, self.specs),
         }
 
@@ -128,6 +140,8 @@ class TrainingMetrics:
         self.recent_counts = defaultdict(int, by_id(state["recent_counts"], self.specs))
         rewards = by_id(state["recent_rewards"], self.specs)
         self.recent_rewards = {adapter: RewardSums(**sums) for adapter, sums in rewards.items()}
+        # checkpoints of earlier versions have none
+        self.recent_router_losses = by_id(state.get("recent_router_losses", {}), self.specs)
         steps = by_id(state["last_steps"], self.specs)
         self.last_steps = {adapter: AdapterStep(**step) for adapter, step in steps.items()}
 

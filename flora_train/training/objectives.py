@@ -26,11 +26,11 @@ from flora_train.training.preference_loss import (
 )
 from flora_train.training.step_plan import StepPlan
 
-NATS, PREFERENCE, ACCURATE, CHOSEN, REJECTED, CHOSEN_COUNT, REJECTED_COUNT = range(7)
+NATS, PREFERENCE, ACCURATE, CHOSEN, REJECTED, CHOSEN_COUNT, REJECTED_COUNT, ROUTER_LOSS = range(8)
 """Columns of a step's sums for each adapter: -log p of learnt tokens; losses of preferences or of pairs of
-texts; pairs or rows
-that are ordered right; rewards of chosen (good) and rejected (bad) completions, and their numbers."""
-COLUMNS = 7
+texts; pairs or rows that are ordered right; rewards of chosen (good) and rejected (bad) completions, and
+their numbers; the load-balance loss of routers, or the loss of gates."""
+COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,13 @@ class StepTotals:
         """Adapter id -> loss times count."""
         self.rewards: dict[int, RewardSums] = {}
         """Adapter id -> rewards, for adapters that learn preferences."""
+        self.router_losses: dict[int, float] = {}
+        """Adapter id -> the load-balance loss of its routers, or the loss of its gates, which is no part of
+        its loss."""
         for adapter, tokens in plan.label_tokens.items():
             columns = sums[adapter * COLUMNS : (adapter + 1) * COLUMNS]
+            if adapter in plan.draws or columns[ROUTER_LOSS]:
+                self.router_losses[adapter] = columns[ROUTER_LOSS]
             if adapter in plan.texts:
                 self.counts[adapter], self.loss_sums[adapter] = plan.texts[adapter], columns[PREFERENCE]
                 self.losses[adapter] = columns[PREFERENCE] / plan.texts[adapter]
@@ -123,7 +128,7 @@ class StepTotals:
                 nats = columns[NATS] / plan.chosen_tokens[adapter]
                 self.losses[adapter] += preference.sft_weight * nats
             self.loss_sums[adapter] = self.losses[adapter] * preferences
-            self.rewards[adapter] = RewardSums(*columns[ACCURATE:])
+            self.rewards[adapter] = RewardSums(*columns[ACCURATE:ROUTER_LOSS])
 
 
 class MicrobatchLoss:

@@ -67,6 +67,15 @@ class BankOptimizer:
         self.steps = [state["steps"].get(spec.name, 0) for spec in self.bank.specs]
 
     @torch.no_grad()
+    def reset(self, adapters: Iterable[int]) -> None:
+        """Forget moments, averages and step counts of these adapters; their values stay."""
+        for adapter in adapters:
+            self.steps[adapter] = 0
+            for name, row in self.bank.state(adapter).items():
+                if name != "values":
+                    row.zero_()
+
+    @torch.no_grad()
     def step(self, adapters: Iterable[int], anomalous: Collection[int] = ()) -> dict[int, AdapterStep]:
         """Update these adapters from the gradients in their pools, then clear those gradients. anomalous:
         adapters that must not change.
@@ -182,7 +191,7 @@ class BankOptimizer:
         """
         beta1, beta2 = self.config.betas if self.config.optimizer == "adamw" else (0.0, 0.0)
         specs = [self.bank.specs[adapter] for adapter in adapters]
-        one_rate = all(spec.lr_ratio == 1.0 and spec.head_lr is None for spec in specs)
+        one_rate = all(spec.second_lr_ratio == 1.0 and spec.head_lr is None for spec in specs)
         rows = []
         for adapter, spec, step in zip(adapters, specs, steps, strict=True):
             count = self.steps[adapter]
@@ -190,7 +199,7 @@ class BankOptimizer:
             decay = 1.0 - step.lr * spec.weight_decay
             rate = -step.lr / (1.0 - beta1**count)
             row = [clip, decay, rate, (1.0 - beta2**count) ** 0.5]
-            for ratio in () if one_rate else (spec.lr_ratio, spec.head_lr_ratio):
+            for ratio in () if one_rate else (spec.second_lr_ratio, spec.head_lr_ratio):
                 row += [1.0 - step.lr * ratio * spec.weight_decay, rate * ratio]
             rows.append(row)
         return torch.tensor(rows, dtype=pool.values.dtype, device=pool.values.device)

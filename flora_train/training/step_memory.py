@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flora_train.adapters.fused_experts import fused_experts
+from flora_train.adapters.methods.meteora import member_stacks
 from flora_train.adapters.pool import Pool
-from flora_train.adapters.spec import AdapterSpec
+from flora_train.adapters.routed.blocks import FeedForwardBlock, feedforward_blocks
+from flora_train.adapters.spec import AdapterSpec, Gate
 from flora_train.adapters.targets import Target, linear_layers
 from flora_train.config.errors import first_line, user_error
 from flora_train.config.model_schema import ModelConfig
@@ -21,6 +24,8 @@ from flora_train.models.loading import build_model, disable_dropout, load_model_
 from flora_train.models.probe_inputs import feature_shape
 from flora_train.models.speech_encoder import is_speech_model
 from flora_train.training.fsdp import layers_of
+from flora_train.training.planned_experts import ExpertShare, PlannedBlock
+from flora_train.training.planned_layers import PlannedExperts, PlannedLinear
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class StepMemory:
     in_layers: int = 0
     """Kept by all layers."""
     flops: int = 0
-    """Of the linear layers and attention in one forward, without the output head."""
+    """Of the linear layers, fused experts and attention in one forward, without the output head."""
 
     def of_rows(self, rows: int, *, checkpointing: bool) -> int:
         """Bytes that a micro-batch of `rows` rows takes at most, from the forward to the end of the backward.
@@ -123,73 +128,114 @@ def _inputs(model: Any, batch: BatchShape) -> dict[str, Tensor]:
     }
 
 
-class _KeepsAsAdapter(torch.autograd.Function):
-    """Keeps the input of an adapted layer and `features` more numbers for each token."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, parameter: Tensor, features: int) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        ctx.save_for_backward(x, y.new_empty(rows, features))
-        return y.clone()
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None, None]:
-        raise NotImplementedError("only the forward of a plan runs")
-
-
-class _PlannedLinear(nn.Module):
-    """A frozen linear layer, with what its adapters keep."""
-
-    def __init__(self, base: nn.Module, target: Target, features: int | None) -> None:
-        super().__init__()
-        self.base, self.features = base, features
-        self.in_features, self.out_features = target.in_features, target.out_features
-        self.parameter = nn.Parameter(torch.zeros(1))
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias  # type: ignore[return-value]
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        if self.features is None:
-            return y
-        return _KeepsAsAdapter.apply(x, y, self.parameter, self.features)
-
-
 def _replace_layers(model: Any, pools: Sequence[Pool], batch: BatchShape, *, keeps_inputs: bool) -> None:
     """keeps_inputs: a layer without adapters keeps its input, too, as bitsandbytes' 8-bit layers do."""
     adapters = sum(len(pool.specs) for pool in pools)
-    for name, target in linear_layers(model).items():
+    available = linear_layers(model)
+    for name, target in available.items():
         features: float | None = 0 if keeps_inputs else None
         for pool in pools:
-            if name in pool.targets:
+            if name in pool.targets and pool.targets[name].block is None:
                 share = len(pool.specs) / adapters
-                kept = _kept_features(pool.specs[0].at(name), pool.targets[name], batch, dtype=model.dtype)
+                kept = _kept_features(
+                    pool.specs[0].at(name),
+                    pool.targets[name],
+                    batch.rows * batch.length,
+                    segments=batch.rows,
+                    dtype=model.dtype,
+                )
                 features = (features or 0) + share * kept
         parent, _, child = name.rpartition(".")
         layer = model.get_submodule(name)
         whole = None if features is None else round(features)
-        setattr(model.get_submodule(parent), child, _PlannedLinear(layer, target, whole))
+        setattr(model.get_submodule(parent), child, PlannedLinear(layer, target, whole))
+    _replace_blocks(model, pools, batch, available)
+    _replace_experts(model, pools, batch)
 
 
-def _kept_features(spec: AdapterSpec, target: Target, batch: BatchShape, *, dtype: torch.dtype) -> int:
+def _replace_blocks(
+    model: Any, pools: Sequence[Pool], batch: BatchShape, available: Mapping[str, Target]
+) -> None:
+    """Part of the rows go through the experts of routed adapters."""
+    adapters = sum(len(pool.specs) for pool in pools)
+    shares = {id(pool): len(pool.specs) / adapters for pool in pools}
+    for name, block in feedforward_blocks(model, available).items():
+        routed = [pool for pool in pools if any(t.block == name for t in pool.targets.values())]
+        if routed:
+            layers = {layer: model.get_submodule(layer) for layer in block.layers}
+            parts = [
+                _expert_share(pool, block, batch, share=shares[id(pool)], dtype=model.dtype)
+                for pool in routed
+            ]
+            PlannedBlock(model.get_submodule(name), block, layers, parts)
+
+
+def _replace_experts(model: Any, pools: Sequence[Pool], batch: BatchShape) -> None:
+    """An adapted weight keeps the inputs of its pairs of a token and an expert."""
+    adapters = sum(len(pool.specs) for pool in pools)
+    tokens = batch.rows * batch.length
+    for name, layout in fused_experts(model).items():
+        features = None
+        for pool in pools:
+            for part in layout.weights:
+                target = pool.targets.get(f"{name}.{part}")
+                if target is None:
+                    continue
+                spec = pool.specs[0].at(target.name)
+                own = _kept_features(spec, target, tokens, segments=batch.rows, dtype=model.dtype)
+                features = (features or 0) + (target.in_features + own) * len(pool.specs) / adapters
+        whole = None if features is None else round(features)
+        model.set_submodule(name, PlannedExperts(model.get_submodule(name), layout, whole))
+
+
+def _expert_share(
+    pool: Pool, block: FeedForwardBlock, batch: BatchShape, *, share: float, dtype: torch.dtype
+) -> ExpertShare:
+    """The rows that the adapters of a pool have in a block."""
+    experts = pool.specs[0].experts
+    assert experts is not None
+    segments, tokens = batch.rows * experts.count, batch.rows * batch.length * experts.top_k
+    features = {}
+    for name in block.layers:
+        target = pool.targets.get(name)
+        if target is not None and target.block is not None:
+            of_one = pool.specs[0].at(name)
+            features[name] = _kept_features(of_one, target, tokens, segments=segments, dtype=dtype)
+    return ExpertShare(pool, share, features)
+
+
+def _kept_by_gate(spec: AdapterSpec, gate: Gate, target: Target) -> int:
+    """Numbers that a layer with a gate keeps for a token: logits, probabilities and weights of all members,
+    hidden features and weights of those of LoRA, and inputs and outputs of fLoRA members, pair by pair."""
+    kept = 3 * len(gate.members)
+    for stack in member_stacks(spec, target):
+        if stack.kind == "lora":
+            kept += 3 * len(stack.numbers) * stack.rank + target.out_features
+        elif stack.kind == "flora":
+            kept += gate.top_k * (target.in_features + target.out_features)
+        else:
+            kept += 2 * (target.in_features if stack.kind == "ia3_in" else target.out_features)
+    return kept
+
+
+def _kept_features(
+    spec: AdapterSpec, target: Target, tokens: int, *, segments: int, dtype: torch.dtype
+) -> int:
     """Numbers that an adapter's kernel keeps for a token, beside the layer's input."""
-    if spec.method == "lora":
+    if spec.gate is not None:
+        return _kept_by_gate(spec, spec.gate, target)
+    method = spec.layer_method
+    if method == "lora":
         return spec.rank
-    if spec.method == "dora":
+    if method == "dora":
         return spec.rank + target.out_features
-    if spec.method == "ia3":
+    if method == "ia3":
         return 0 if target.feedforward else target.out_features
     work = Work(
         rank=spec.rank,
         residual=bool(spec.offset),
-        tokens=batch.rows * batch.length,
-        segments=batch.rows,
+        tokens=tokens,
+        segments=segments,
         in_features=target.in_features,
         out_features=target.out_features,
         bytes_each=dtype.itemsize,
@@ -238,21 +284,17 @@ def _recorded(model: nn.Module, memory: StepMemory) -> Iterator[None]:
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         record.layer = -1
 
-    def count(module: Any, args: tuple[Any, ...]) -> None:
-        memory.flops += 2 * args[0].numel() * module.out_features
-
     for number, layer in enumerate(layers_of(model)):
         handles.append(layer.register_forward_pre_hook(enter(number), with_kwargs=True))
         handles.append(layer.register_forward_hook(leave))
-    for module in model.modules():
-        if isinstance(module, _PlannedLinear):
-            handles.append(module.register_forward_pre_hook(count))
     try:
         with torch.autograd.graph.saved_tensors_hooks(record.pack, lambda tensor: tensor):
             yield
     finally:
         for handle in handles:
             handle.remove()
+    planned = [layer for layer in model.modules() if isinstance(layer, PlannedLinear | PlannedExperts)]
+    memory.flops = sum(layer.flops for layer in planned)
     memory.kept = sum(record.sizes.values())
     of_layers = {number: size for number, size in record.sizes.items() if number >= 0}
     memory.in_layers = sum(of_layers.values())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.routing import RowDraw
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.schema import RunConfig
 from flora_train.data.batch import Row, group_by_length
@@ -41,6 +42,17 @@ class StepPlan:
     """Adapter id -> label tokens of the chosen completions of these pairs."""
     texts: Mapping[int, int] = field(default_factory=dict)
     """Adapter id -> pairs or triplets of texts that it learns embeddings from in the whole step."""
+    draws: Mapping[int, int] = field(default_factory=dict)
+    """Adapter id -> draws that the load of its router is balanced over in the whole step, for adapters with
+    balance_loss: draws of examples, or pairs where a loss couples these."""
+
+    def draw_of(self, row: Row) -> RowDraw | None:
+        """The draw that a row's router is balanced over."""
+        if row.adapter not in self.draws:
+            return None
+        number = row.draw if row.unit is None else row.unit
+        assert number is not None
+        return RowDraw(number, 1.0 / self.draws[row.adapter])
 
 
 def make_mixture(
@@ -82,8 +94,24 @@ def plan_step(
     mixture: TaskMixture, number: int, tasks: Mapping[str, Task], bank: AdapterBank, max_tokens: int
 ) -> StepPlan | None:
     """Step `number` (from 0), or None when every adapter has left."""
-    rows = _StepRows(mixture.seed, number, bank)
-    for draw in mixture.step(number):
+    return plan_draws(
+        mixture.step(number), tasks, bank, number=number, seed=mixture.seed, max_tokens=max_tokens
+    )
+
+
+def plan_draws(
+    draws: Iterable[Draw],
+    tasks: Mapping[str, Task],
+    bank: AdapterBank,
+    *,
+    number: int,
+    seed: int,
+    max_tokens: int,
+) -> StepPlan | None:
+    """A step of these draws, or None without rows. number, seed: what the noise of its inputs depends on;
+    max_tokens: padded tokens of a micro-batch."""
+    rows = _StepRows(seed, number, bank)
+    for draw in draws:
         task = tasks[draw.task]
         if task.embedding is not None:
             rows.add_embeddings(draw, task)
@@ -101,6 +129,7 @@ def plan_step(
         preferences=dict(rows.preferences),
         chosen_tokens=dict(rows.chosen_tokens),
         texts=dict(rows.texts),
+        draws=rows.draws(),
     )
 
 
@@ -116,8 +145,23 @@ class _StepRows:
         self.chosen_tokens: dict[int, int] = defaultdict(int)
         self.texts: dict[int, int] = defaultdict(int)
         self._units = 0
+        self._draws = 0
+
+    def draws(self) -> dict[int, int]:
+        """The draws of each adapter whose router is balanced."""
+        numbers: dict[int, set[int | None]] = defaultdict(set)
+        for row in self.rows:
+            if not row.frozen and self._is_balanced(row.adapter):
+                numbers[row.adapter].add(row.draw if row.unit is None else row.unit)
+        return {adapter: len(of_adapter) for adapter, of_adapter in numbers.items()}
+
+    def _is_balanced(self, adapter: int) -> bool:
+        experts = self.bank.specs[adapter].experts
+        return experts is not None and experts.balance_loss > 0
 
     def add_texts(self, draw: Draw, split: TokenSplit) -> None:
+        number = self._draws
+        self._draws += 1
         for example in draw.examples:
             length, window = split.length(example), split.window(example)
             self.task_tokens[draw.task] += length
@@ -130,7 +174,9 @@ class _StepRows:
             for name in draw.adapters:
                 adapter = self.bank.ids[name]
                 shares = self.bank.shares_encoding(adapter)
-                self.rows.append(Row(adapter, draw.task, example, length, window, shares, seed))
+                balanced = number if self._is_balanced(adapter) else None
+                row = Row(adapter, draw.task, example, length, window, shares, seed, draw=balanced)
+                self.rows.append(row)
                 self.label_tokens[adapter] += label_tokens
 
     def add_preferences(self, draw: Draw, task: Task) -> None:

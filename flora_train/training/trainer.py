@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from flora_train.adapters.routed.balance import balance_losses
+from flora_train.adapters.routed.gate_loss import gate_losses
 from flora_train.adapters.routing import RowNoise
 from flora_train.adapters.spec import BASE_ID
 from flora_train.data.batch import MixedBatch, Row, padded_tokens, prefetch, share_of_rank
@@ -28,11 +30,12 @@ from flora_train.runtime.signals import Interrupted, StopSignals
 from flora_train.training.choice_scores import ChoiceScores, score_choices
 from flora_train.training.context import TrainingContext
 from flora_train.training.fsdp import run_dummy_frozen_pass, run_dummy_passes
+from flora_train.training.gate_goals import GateGoals
 from flora_train.training.heldout import HeldOut, evaluate_heldout, heldout_metrics
 from flora_train.training.label_loss import LabelLosses
 from flora_train.training.loss import RowLosses
 from flora_train.training.metrics import MetricLogger, NullMetricLogger, tracker_keys
-from flora_train.training.objectives import MicrobatchLoss, RowNats, StepSums, StepTotals
+from flora_train.training.objectives import ROUTER_LOSS, MicrobatchLoss, RowNats, StepSums, StepTotals
 from flora_train.training.optimizer import sum_gradients
 from flora_train.training.packing_check import check_packing
 from flora_train.training.pooling import sum_of
@@ -55,6 +58,7 @@ class Trainer(ResumableTraining):
         self.row_losses = RowLosses(self.model, self.timer, labels=LabelLosses(self.bank, self.tasks))
         self.task_of = [self.tasks[spec.task] for spec in self.bank.specs]
         """The task of each adapter."""
+        self.gate_goals = GateGoals(self.bank, self.tasks)
         self.microbatch_loss = MicrobatchLoss(self.tasks, context.references)
         packed = [name for name, task in self.tasks.items() if task.train.is_packed]
         if packed:
@@ -152,10 +156,21 @@ class Trainer(ResumableTraining):
             frozen = self.frozen_pass(rows)
             if frozen is None:
                 run_dummy_frozen_pass(self.row_losses, self.bank, plan.microbatches, i)
-            learnt = self.learnt_pass(rows, number)
+            learnt = self.learnt_pass(rows, number, plan)
+            self._count_router_losses(sums)
             self.microbatch_loss(learnt, frozen, plan=plan, sums=sums).backward()
         run_dummy_passes(self.row_losses, self.bank, plan.microbatches)
         return sums.sums
+
+    def _count_router_losses(self, sums: StepSums) -> None:
+        """Add the losses of the routers and gates in the forward that has just run."""
+        routing = self.bank.router.routing
+        if routing is None:
+            return
+        losses = balance_losses(routing) | gate_losses(routing)
+        for name, loss in losses.items():
+            adapter = torch.tensor([self.bank.ids[name]], device=loss.device)
+            sums.add(ROUTER_LOSS, adapter, loss[None])
 
     def frozen_pass(self, rows: Sequence[Row]) -> RowNats | None:
         """The forward of the rows that get no gradient, without dropout; None if there are none."""
@@ -168,13 +183,17 @@ class Trainer(ResumableTraining):
         with torch.no_grad(), self.bank.routed(batch.adapter_ids), without_checkpointing(self.model):
             return RowNats(frozen, self.row_losses(batch))
 
-    def learnt_pass(self, rows: Sequence[Row], number: int) -> RowNats:
+    def learnt_pass(self, rows: Sequence[Row], number: int, plan: StepPlan) -> RowNats:
         """The forward of the other rows, with the noise of step `number`."""
         learnt = [row for row in rows if not row.frozen]
         with self.timer.part("data"):
             batch = self.make_batch(learnt)
         self.timer.count_tokens(batch.padded_tokens)
-        self.bank.route(batch.adapter_ids, [self.noise(number, row) for row in learnt])
+        noise = [self.noise(number, row) for row in learnt]
+        draws = [plan.draw_of(row) for row in learnt]
+        lengths = [row.tokens for row in learnt]
+        goals = [self.gate_goals.of_row(row, plan) for row in learnt]
+        self.bank.route(batch.adapter_ids, noise, draws, lengths, goals=goals)
         outputs = self.row_losses.outputs(batch)
         return RowNats(learnt, outputs.nats, outputs.embeddings)
 

@@ -99,7 +99,7 @@ def listing(folder: Path) -> dict[str, int]:
         ),
         (
             ["adapters.lora.method=lorra"],
-            ["adapters.lora.method = 'lorra': must be dora, flora, head, ia3 or lora. Did you mean 'lora'?"],
+            ["adapters.lora.method = 'lorra': must be dora, *, mixlora or switch. Did you mean 'lora'?"],
         ),
         (["adapters.lora.rank=0"], ["adapters.lora.rank = 0: must be at least 1"]),
         (["adapters.lora.rank=-4"], ["adapters.lora.rank = -4: must be at least 1"]),

@@ -26,6 +26,8 @@ PROMPTS = ROOT / "tests" / "fixtures" / "multipl_e_problems"
 PYTHON_BLOCKS = {
     "README.md": "tests/e2e/test_documented_commands.py",
     "docs/figures.md": "tests/e2e/test_answers.py",
+    "docs/routed.md": "tests/unit/evaluation/generation/test_routed_document.py",
+    "docs/routed_export.md": "tests/e2e/test_routed.py",
     "docs/serving.md": "tests/e2e/test_documented_commands.py",
     "docs/embeddings.md": "tests/e2e/test_sentence_transformers.py",
     "docs/python.md": "tests/e2e/test_python.py",

@@ -18,16 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.fused_experts import fused_experts
 from flora_train.adapters.heads import head_of
 from flora_train.adapters.spec import AdapterSpec, HeadShape
 from flora_train.adapters.targets import endings
 from flora_train.config.paths import PROJECT_ROOT
 from flora_train.export.peft_format import export_peft
 from flora_train.export.peft_forms import BaseModel
-from tests.architectures import ARCHITECTURES, ENCODERS, auto_class, model_inputs, tiny_model
+from tests.architectures import ARCHITECTURES, ENCODERS, MIXTURES, auto_class, model_inputs, tiny_model
 from tests.conftest import perturb, spec
 from tests.encoders import EMBEDDING_BASES
-from tests.families import FAMILIES, Family
+from tests.families import FAMILIES, FUSED_EXPERTS, OTHER_EXPERTS, Family
 from tests.unit.adapters.helpers import tokens
 from tests.unit.training.harness import (
     largest_difference_to_training_alone,
@@ -195,6 +196,42 @@ def encoder_lines() -> list[str]:
     return lines
 
 
+def mixture_lines() -> list[str]:
+    """The section on fused experts."""
+    lines = [
+        "## Mixtures of experts",
+        "",
+        "`target_parameters` ([methods.md](methods.md#experts)) attaches fLoRA, LoRA and IA3 to fused",
+        "weights of experts. Tested in the same way, by `tests/unit/adapters/test_expert_parameters.py`,",
+        "`tests/unit/training/test_expert_isolation.py` and `tests/unit/export/test_expert_forms.py`: values",
+        "and every gradient equal a loop over tokens in float64, adapters train mixed as if alone",
+        f"(<= {ISOLATED:g} after 20 steps), and a LoRA gives the same logits in plain PEFT",
+        f"(<= {SAME_LOGITS:g}).",
+        "",
+        "| architecture | weights of experts | layout |",
+        "|---|---|---|",
+    ]
+    for architecture, (name, _) in MIXTURES.items():
+        model = tiny_model(architecture)
+        module, layout = next(iter(fused_experts(model).items()))
+        targets = layout.targets(module, model.get_submodule(module))
+        names = [".".join(target.split(".")[-3:]) for target in targets]
+        order = "[E, in, out]" if layout.is_transposed else "[E, out, in]"
+        biases = ", with biases" if layout.has_bias else ""
+        lines.append(f"| {name} | {', '.join(f'`{word}`' for word in names)} | {order}{biases} |")
+    others = ", ".join(f"`{family}`" for family in FUSED_EXPERTS)
+    refused = ", ".join(f"`{family}`" for family in OTHER_EXPERTS)
+    lines += [
+        "",
+        f"Also tested, as mixed batches that equal each row alone: {others}.",
+        f"Refused, because their experts have another layout: {refused}. Any other model's",
+        "fused experts take adapters if they have transformers' layout (`use_experts_implementation`), and a",
+        "probe shows that they compute what it says.",
+        "",
+    ]
+    return lines
+
+
 def document(rows: Sequence[Coverage]) -> str:
     def code(words: Sequence[str]) -> str:
         return ", ".join(f"`{word}`" for word in words)
@@ -238,6 +275,7 @@ def document(rows: Sequence[Coverage]) -> str:
         "batches, and speech batches for Whisper and similar models.",
         "",
         *encoder_lines(),
+        *mixture_lines(),
         "## Other families",
         "",
         (

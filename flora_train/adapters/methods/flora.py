@@ -17,6 +17,7 @@ from flora_train.kernels.segments import Segments
 class Flora(AdapterMethod):
     name = "flora"
     lr_ratio_parameters = frozenset({"B"})
+    reads_weight = True
     one_rank_in_peft = True  # peft 0.21 reads the rank_pattern of a HIRA, and does not use it
 
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:

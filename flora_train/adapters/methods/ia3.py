@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +36,19 @@ class Ia3(AdapterMethod):
         if feedforward:
             return site.base(ia3_scale(x, params["l"], segments))
         return ia3_scale(site.base(x), params["l"], segments)  # the bias is scaled too, as in PEFT
+
+    def single(
+        self, base: Callable[[Tensor], Tensor], params: Params, spec: AdapterSpec, feedforward: bool
+    ) -> Callable[[Tensor], Tensor]:
+        scale = params["l"]
+        if feedforward:
+            return lambda x: base(x * scale.to(x.dtype))
+
+        def apply(x: Tensor) -> Tensor:
+            y = base(x)
+            return y * scale.to(y.dtype)
+
+        return apply
 
     def merge(
         self, weight: Tensor, bias: Tensor | None, params: Params, *, spec: AdapterSpec, feedforward: bool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -38,6 +38,20 @@ class Lora(AdapterMethod):
         return lora_add(
             site.base(x), site.dropout(x), params["A"], params["B"], scaling=scaling, segments=segments
         )
+
+    def single(
+        self, base: Callable[[Tensor], Tensor], params: Params, spec: AdapterSpec, feedforward: bool
+    ) -> Callable[[Tensor], Tensor]:
+        A, B, scaling = params["A"], params["B"].T, spec.scaling
+
+        def apply(x: Tensor) -> Tensor:
+            y = base(x)
+            own = x.view(-1, x.shape[-1]).to(y.dtype)
+            hidden = torch.mm(own, A.T.to(y.dtype))
+            added = torch.addmm(y.view(-1, y.shape[-1]), hidden, B.to(y.dtype), alpha=scaling)
+            return added.view(y.shape)
+
+        return apply
 
     def merge(
         self, weight: Tensor, bias: Tensor | None, params: Params, *, spec: AdapterSpec, feedforward: bool

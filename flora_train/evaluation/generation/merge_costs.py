@@ -62,9 +62,9 @@ def _measure(bank: AdapterBank, adapter: int, modules: list[str], *, rows: int) 
     x = torch.ones(rows, 1, layer.in_features, dtype=weight.dtype, device=bank.device)
     merging, adapted, plain = [], [], []
     for repeat in range(REPEATS + 1):
-        merge_seconds, merged = _timed(lambda: merge_layer(bank, adapter, modules[0]), bank.device)
-        adapted_seconds, _ = _timed(lambda: layer(x), bank.device)
-        plain_seconds, _ = _timed(_plain(x, merged), bank.device)
+        merge_seconds, merged = timed(lambda: merge_layer(bank, adapter, modules[0]), bank.device)
+        adapted_seconds, _ = timed(lambda: layer(x), bank.device)
+        plain_seconds, _ = timed(_plain(x, merged), bank.device)
         if repeat:
             merging.append(merge_seconds)
             adapted.append(adapted_seconds)
@@ -77,7 +77,7 @@ def _plain(x: Tensor, merged: MergedLayer) -> Callable[[], Tensor]:
     return lambda: F.linear(x, merged.weight, merged.bias)
 
 
-def _timed(run: Callable[[], T], device: torch.device) -> tuple[float, T]:
+def timed(run: Callable[[], T], device: torch.device) -> tuple[float, T]:
     """Seconds until the result is computed, and the result."""
     _synchronize(device)
     started = time.perf_counter()

@@ -15,6 +15,7 @@ from flora_train.adapters.merged import MergedWeights, merge_layer, routed_merge
 from flora_train.adapters.spec import BASE_ID
 from flora_train.evaluation.generation.merge_costs import LayerCosts, measure_layers
 from flora_train.evaluation.generation.requests import Row
+from flora_train.evaluation.generation.switched_decoding import SwitchedDecoding, SwitchPath
 from flora_train.runtime.hardware import free_host_memory
 
 logger = logging.getLogger(__name__)
@@ -30,11 +31,13 @@ class MergedDecoding:
 
     A layer is merged when it is expected to save more time, in the steps until rows of another adapter are
     read in, than merging takes; both are measured, for the number of rows in the batch. The frozen weights
-    stay as they are: a batch of other rows uses them without a change.
+    stay as they are: a batch of other rows uses them without a change. One row of a switch adapter is decoded
+    by `switch_path` (switched_decoding.py).
     """
 
-    def __init__(self, bank: AdapterBank) -> None:
+    def __init__(self, bank: AdapterBank, *, switch_path: SwitchPath = "auto") -> None:
         self.bank = bank
+        self.switched = SwitchedDecoding(bank, switch_path, self._free_bytes)
         self.merged: MergedWeights | None = None
         self._costs: dict[tuple[int, int], list[LayerCosts]] = {}
         self._lengths: deque[int] = deque(maxlen=LENGTHS_REMEMBERED)
@@ -45,6 +48,8 @@ class MergedDecoding:
         """A context in which the model applies these adapters: merged where they are one that is merged."""
         if self.merged is not None and self.merged.layers and set(adapters) == {self.merged.adapter}:
             return routed_merged(self.bank, adapters, self.merged)
+        if self.switched.applies_to(adapters):
+            return self.switched.routed(adapters[0])
         return self.bank.routed(adapters)
 
     def note_length(self, tokens: int) -> None:
@@ -81,6 +86,8 @@ class MergedDecoding:
         adapter = live[0].adapter
         if len(adapters) > 1 or adapter == BASE_ID or adapter == self._complete:
             return
+        if not self.bank.location[adapter][0].method.merges:
+            return
         rests = sorted(self.expected_tokens(len(row.tokens), limit) for row in live)
         if all(group[0].adapter == adapter for group in waiting):
             later = sum(len(group) for group in waiting) * self.expected_tokens(0, limit)
@@ -96,6 +103,7 @@ class MergedDecoding:
     def release(self) -> None:
         """Free the merged weights."""
         self.merged, self._complete = None, None
+        self.switched.release()
 
     @torch.no_grad()
     def _merge(self, adapter: int, rows: int, steps: float) -> None:

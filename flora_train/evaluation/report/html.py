@@ -26,6 +26,7 @@ from flora_train.evaluation.report.comparison import (
     verdicts,
     with_seeds,
 )
+from flora_train.evaluation.report.expert_maps import load_maps
 from flora_train.evaluation.report.figure_tables import (
     constant_baselines,
     figure_estimate,
@@ -155,6 +156,7 @@ def render_html(report: Report, published: Sequence[ComparedTable] = ()) -> str:
         sweep_panels=_sweep_panels(report),
         winner_is_clear=partial(winner_is_clear, report=report),
         heatmaps=heatmaps(report),
+        load_maps=load_maps(report.experts),
         many_tasks=MANY_TASKS,
         statuses=STATUSES,
         left_out={

@@ -39,6 +39,7 @@ from flora_train.evaluation.report.types import (
     TaskSummary,
     UnusableClips,
 )
+from flora_train.evaluation.routing.load_types import ExpertLoad
 from flora_train.evaluation.speech.score_types import SpeechResults
 from flora_train.runtime.metric_records import Record
 from flora_train.runtime.run_folder import RunFolder
@@ -67,6 +68,7 @@ class Evaluation:
     speech: SpeechResults | None = None
     figures: Sequence[FigureResult] = ()
     confusions: Sequence[ConfusionMatrix] = ()
+    experts: Sequence[ExpertLoad] = ()
     notes: Sequence[str] = ()
     """Sentences on what could not be measured."""
 
@@ -128,6 +130,7 @@ def build_results(
         preferences=preferences,
         figures=evaluation.figures,
         confusions=evaluation.confusions,
+        experts=evaluation.experts,
         not_measured=[*limits, *evaluation.notes, *facts.origin_differences],
     )
 

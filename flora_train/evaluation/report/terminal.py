@@ -16,6 +16,7 @@ from flora_train.config.terminal_text import in_cell, print_plain, print_table, 
 from flora_train.evaluation.code.score_types import CodeSuite, LanguageScores, MacroScores
 from flora_train.evaluation.figures.result_types import FigureResult
 from flora_train.evaluation.preferences.score_types import PreferenceResult
+from flora_train.evaluation.report.expert_maps import load_line
 from flora_train.evaluation.report.figure_tables import (
     against_baselines,
     ascii_figure,
@@ -28,6 +29,7 @@ from flora_train.evaluation.report.joined_seeds import adapters_of, note_on_seed
 from flora_train.evaluation.report.published_rows import ComparedTable
 from flora_train.evaluation.report.published_tables import caption, headings, lines_of
 from flora_train.evaluation.report.types import ContenderResult, Report, TaskResult
+from flora_train.evaluation.routing.load_types import ExpertLoad
 from flora_train.evaluation.speech.score_types import SpeechResults
 from flora_train.runtime.manifest import PEFT_WARNING
 from flora_train.runtime.progress import duration
@@ -204,6 +206,16 @@ def print_figures(results: Sequence[FigureResult], console: Console | None = Non
         console.print(shown(sentence))
 
 
+def print_experts(loads: Sequence[ExpertLoad], console: Console | None = None) -> None:
+    """The load of the experts of every routed adapter, one line each."""
+    if not loads:
+        return
+    console = console or Console(soft_wrap=True)
+    console.print(shown("\nload of experts on held-out texts", "bold"))
+    for load in loads:
+        console.print(shown(f"{load.adapter}: {load_line(load)}"))
+
+
 def print_published(tables: Sequence[ComparedTable], console: Console | None = None) -> None:
     """Published tables beside the figures of a run, with what differs in their set-up. Fits 80 columns."""
     console = console or Console(soft_wrap=True)
@@ -262,6 +274,7 @@ def show(folder: RunFolder) -> None:
     print_error_rates(joined.speech)
     print_preferences(joined.preferences)
     print_figures(joined.figures)
+    print_experts(joined.experts)
     print_completions(report)
     names = []
     for result in report.results:

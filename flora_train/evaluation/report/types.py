@@ -24,6 +24,7 @@ from flora_train.evaluation.result_model import (
     SparseModel,
     Text,
 )
+from flora_train.evaluation.routing.load_types import ExpertLoad
 from flora_train.evaluation.speech.score_types import SpeechResults
 from flora_train.runtime.environment import Environment
 
@@ -381,7 +382,7 @@ class SampleCompletion(ResultModel):
 class Report(SparseModel):
     """The results of a run, report.json."""
 
-    written_if_set = ("figures", "confusions")
+    written_if_set = ("figures", "confusions", "experts")
 
     schema_version: Literal[7] = SCHEMA_VERSION
     name: Text
@@ -404,6 +405,8 @@ class Report(SparseModel):
     """Figures of answers, labels and losses: a result per task and figure."""
     confusions: tuple[ConfusionMatrix, ...] = ()
     """How often each label was predicted, a matrix per task of labels and contender."""
+    experts: tuple[ExpertLoad, ...] = ()
+    """Load of the experts of routed adapters on held-out texts."""
     not_measured: tuple[Text, ...]
     """What a reader might take for granted and the report does not show, as sentences."""
 
@@ -433,6 +436,7 @@ class Report(SparseModel):
             _check_known("figures", [figure.task], tasks)
             names = [row.family for row in figure.contenders]
             _check_known(f"figures of {figure.task}", names, {"base", *families})
+        _check_known("experts", (load.adapter for load in self.experts), (a.name for a in self.adapters))
         _check_known("confusions", (matrix.task for matrix in self.confusions), tasks)
         seeds = {adapter.family: adapter.seeds_of for adapter in self.adapters}
         parts: list[TaskResult | FigureResult] = [*self.results, *self.figures]

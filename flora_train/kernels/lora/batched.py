@@ -25,13 +25,21 @@ class SegmentedLora(torch.autograd.Function):
         ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Sequence[float], segments: Segments
     ) -> Tensor:
         ctx.mark_dirty(y)
-        units = to_units(x, segments)
-        A_units = expand_to_units(A.to(x.dtype), segments)
-        hidden = torch.bmm(units, A_units.mT).mul_(per_unit(scaling, segments, x))  # [U, unit, r]
-        to_units(y, segments).baddbmm_(hidden, _transposed(B, x, segments))
+        hidden = SegmentedLora.add(y, x, A, B, scaling, segments)
         ctx.save_for_backward(x, A, B, hidden)
         ctx.scaling, ctx.segments = scaling, segments
         return y
+
+    @staticmethod
+    def add(
+        y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Sequence[float], segments: Segments
+    ) -> Tensor:
+        """Add to y without autograd. Returns scaling_k x A_k^T, [U, unit, r]."""
+        units = to_units(x, segments)
+        A_units = expand_to_units(A.to(x.dtype), segments)
+        hidden = torch.bmm(units, A_units.mT).mul_(per_unit(scaling, segments, x))
+        to_units(y, segments).baddbmm_(hidden, _transposed(B, x, segments))
+        return hidden
 
     @staticmethod
     @once_differentiable

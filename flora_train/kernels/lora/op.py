@@ -10,12 +10,21 @@ from torch import Tensor
 from flora_train.kernels.autocast import no_autocast
 from flora_train.kernels.backend import runs_in_triton
 from flora_train.kernels.lora.batched import SegmentedLora
+from flora_train.kernels.lora.looped import LoopedLora
 from flora_train.kernels.segments import Segments, check_order, check_shape, in_order
 
 LONG_UNITS = 64
 """Tokens of a unit from which torch's batched matmuls are used instead of Triton: they need fewer launches
 and no loop over adapters. Not calibrated (benchmarks/results/kernel_times_cuda.md has their times on an
 H100)."""
+SHORT_UNIT = 8
+"""Tokens of a unit below which a copy of A and B for every unit is as much as the tokens are."""
+FEW_UNITS = 128
+"""Units up to which these copies are small."""
+UNITS_OF_A_SEGMENT = 4
+"""Units for each segment with tokens up to which a loop over segments saves nothing."""
+FEW_TOKENS = 4
+"""Tokens up to which a loop over their segments has no more operations than the batched form."""
 
 
 def lora_add(
@@ -53,4 +62,19 @@ def lora_add(
             from flora_train.kernels.lora.triton_kernels import FusedLora
 
             return FusedLora.apply(y, x, A, B, scaling, segments, order)
-        return in_order(lambda y, x: SegmentedLora.apply(y, x, A, B, scaling, segments), order, y, x)
+        form = LoopedLora if is_looped(segments) else SegmentedLora
+        if order is None and not torch.is_grad_enabled():
+            if segments.tokens <= FEW_TOKENS:
+                form = LoopedLora
+            form.add(y, x, A, B, scaling, segments)
+            return y
+        return in_order(lambda y, x: form.apply(y, x, A, B, scaling, segments), order, y, x)
+
+
+def is_looped(segments: Segments) -> bool:
+    """Whether torch computes these segments one after the other instead of all units at once."""
+    units = segments.tokens // segments.unit
+    if segments.unit >= SHORT_UNIT or units <= FEW_UNITS:
+        return False
+    used = sum(length > 0 for length in segments.lengths)
+    return units > UNITS_OF_A_SEGMENT * used

@@ -75,7 +75,7 @@ def test_errors_of_all_sections_are_reported_together_with_key_value_and_hint() 
         "tasks.lua.weight": ("0", "more than 0"),
         "tasks.perl.completion": ("", "prompt and completion belong together"),
         "tasks.perl.text": ("'code'", "not both"),
-        "adapters.lora.method": ("'lorra'", "flora, head, ia3 or lora. Did you mean 'lora'?"),
+        "adapters.lora.method": ("'lorra'", "lora, meteora, mixlora or switch. Did you mean 'lora'?"),
         "adapters.lora.rank": ("-3", "at least 1"),
         "adapters.lora.lr": ("", "is required"),
         "adapters.lora.target_modules": ("3", "must be a list, or must be all-linear, default or query-key"),
@@ -98,7 +98,11 @@ def test_errors_of_all_sections_are_reported_together_with_key_value_and_hint() 
 @pytest.mark.parametrize(
     ("changes", "key", "hint"),
     [
-        ({"adapters__ia3__rank": 4}, "adapters.ia3.rank", "it belongs to flora, lora and dora: remove it"),
+        (
+            {"adapters__ia3__rank": 4},
+            "adapters.ia3.rank",
+            "it belongs to flora, lora, dora, mixlora and switch: remove it",
+        ),
         ({"adapters__ia3__dropout": 0.1}, "adapters.ia3.dropout", "it belongs to lora"),
         ({"adapters__lora__variant": "pure"}, "adapters.lora.variant", "it belongs to flora"),
         (
@@ -156,6 +160,22 @@ def test_values_that_contradict_each_other_are_refused_once(
         ({"adapters__lora__lr": "fast"}, "adapters.lora.lr = 'fast'", "a number"),
         ({"adapters__lora__tasks": []}, "adapters.lora.tasks = []", "at least 1"),
         ({"adapters__lora__target_modules": []}, "adapters.lora.target_modules = []", "at least 1"),
+        ({"adapters__lora__target_parameters": []}, "adapters.lora.target_parameters = []", "at least 1"),
+        (
+            {"adapters__lora__target_parameters": ["w"], "adapters__lora__method": "dora"},
+            "adapters.lora.target_parameters = ['w']",
+            "no meaning for method dora; it belongs to flora, lora and ia3",
+        ),
+        (
+            {"adapters__lora__target_parameters": ["w"], "adapters__lora__dropout": 0.5},
+            "adapters.lora.target_parameters = ['w']",
+            "cannot be combined with dropout = 0.5",
+        ),
+        (
+            {"adapters__lora__target_parameters": ["w"], "adapters__lora__init_from": "outputs/a"},
+            "adapters.lora.init_from = 'outputs/a'",
+            "cannot be combined with target_parameters",
+        ),
         (
             {"adapters__lora__target_modules": "all_linear"},
             "adapters.lora.target_modules = 'all_linear'",

@@ -15,7 +15,9 @@ from flora_train.kernels.flora.op import TORCH_FORMULATIONS, flora_linear
 from flora_train.kernels.flora.reference import flora_reference
 from flora_train.kernels.ia3.op import ia3_scale
 from flora_train.kernels.ia3.reference import ia3_reference
-from flora_train.kernels.lora.op import lora_add
+from flora_train.kernels.lora.batched import SegmentedLora
+from flora_train.kernels.lora.looped import LoopedLora
+from flora_train.kernels.lora.op import is_looped, lora_add
 from flora_train.kernels.lora.reference import lora_reference
 from flora_train.kernels.segments import Segments
 
@@ -113,8 +115,9 @@ def test_flora_equals_the_float64_reference_in_value_and_every_gradient(
 @pytest.mark.parametrize("rank", [1, 3, 16])
 @pytest.mark.parametrize("lengths", [RAGGED, EVEN], ids=["ragged", "even"])
 @pytest.mark.parametrize("one_scaling", [True, False])
+@pytest.mark.parametrize("form", [SegmentedLora, LoopedLora], ids=["segmented", "looped"])
 def test_lora_equals_the_float64_reference_in_value_and_every_gradient(
-    dtype: torch.dtype, rank: int, lengths: tuple[int, ...], one_scaling: bool
+    dtype: torch.dtype, rank: int, lengths: tuple[int, ...], one_scaling: bool, form: Any
 ) -> None:
     segments = bounds(lengths)
     K = len(segments)
@@ -127,12 +130,23 @@ def test_lora_equals_the_float64_reference_in_value_and_every_gradient(
         "B": random(K, OUT, rank, seed=3, scale=0.2),
     }
     check(
-        lambda y, x, A, B: lora_add(y.clone(), x, A, B, scaling=scaling, segments=segments),
+        lambda y, x, A, B: form.apply(y.clone(), x, A, B, scaling, segments),
         lambda y, x, A, B: lora_reference(y, x, A, B, scaling=scaling, segments=segments),
         inputs,
         {"y": dtype, "x": dtype, "A": master, "B": master},
         TOLERANCE[dtype],
     )
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [(RAGGED, True), (EVEN, False), ((1, 2, 1), False), ((1,) * 129, False), ((64, 128), False)],
+    ids=["ragged", "even", "few tokens", "short segments", "long units"],
+)
+def test_lora_is_computed_segment_by_segment_where_units_are_short_and_segments_long(
+    lengths: tuple[int, ...], expected: bool
+) -> None:
+    assert is_looped(bounds(lengths)) is expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -161,10 +175,11 @@ def test_hand_written_gradients_pass_gradcheck() -> None:
             lambda x, A, B, op=op: op.apply(x, weight, A, B, [0.0, 1.0, 1.0], segments, False), (x, A, B)
         )
     y = random(5, 3, seed=4).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda y, x, A, B: lora_add(y * 1.0, x, A, B, scaling=[1.0, 2.0, 0.5], segments=segments),
-        (y, x, A, B),
-    )
+    for form in (SegmentedLora, LoopedLora):
+        assert torch.autograd.gradcheck(
+            lambda y, x, A, B, form=form: form.apply(y * 1.0, x, A, B, [1.0, 2.0, 0.5], segments),
+            (y, x, A, B),
+        )
     assert torch.autograd.gradcheck(
         lambda x, s: ia3_scale(x, s, segments), (x, random(3, 4, seed=5).requires_grad_())
     )

@@ -34,6 +34,7 @@ from flora_train.training.context import TrainingContext
 from flora_train.training.step_plan import StepPlan, plan_step
 from flora_train.training.trainer import Trainer
 from tests.architectures import VOCABULARY, features_of, tiny_model
+from tests.unit.adapters.gate_reference import randomise
 
 PAD = 0
 
@@ -140,12 +141,14 @@ def make_trainer(
     chats: Sequence[str] = (),
     packed_chats: Sequence[str] = (),
     labels: Mapping[str, LabelSpec] | None = None,
+    members: Mapping[str, Sequence[str]] | None = None,
     **training: Any,
 ) -> Trainer:
     """A trainer for `specs` on tasks a, b and c; same arguments, same trainer.
 
     preferences, embeddings: of the tasks that are not plain text; chats, packed_chats: tasks of
-    conversations; labels: of the tasks of labelled texts, which may have other names.
+    conversations; labels: of the tasks of labelled texts, which may have other names; members: of the tasks
+    whose rows belong to a member of a gate. Gates and their members have random values.
     """
     labels = labels or {}
     specs = [replace(s, head=head_shape(labels[s.task])) if s.task in labels else s for s in specs]
@@ -181,7 +184,12 @@ def make_trainer(
         splits[name] = random_chats(40 + i, 40), random_chats(50 + i, 6)
     for name in packed_chats:
         splits[name] = pack(splits[name][0], 40), splits[name][1]
-    tasks = {name: Task(name, 1.0, *halves, "") for name, halves in splits.items()}
+    for name, names in (members or {}).items():
+        splits[name] = with_members(splits[name][0], len(names)), splits[name][1]
+    tasks = {
+        name: Task(name, 1.0, *halves, "", members=tuple((members or {}).get(name, ())))
+        for name, halves in splits.items()
+    }
     for number, (name, preference) in enumerate((preferences or {}).items()):
         halves = (random_preferences(20 + 2 * number + i, (24, 5)[i], preference.objective) for i in (0, 1))
         tasks[name] = Task(name, 1.0, *halves, "", preference=preference)
@@ -192,6 +200,7 @@ def make_trainer(
         pairs = (random_embeddings(60 + 2 * number + i, (24, 7)[i], embedding) for i in (0, 1))
         tasks[name] = Task(name, 1.0, *pairs, "", embedding=embedding)
     bank = AdapterBank.attach(model, specs, paging=paging)
+    randomise(bank)
     config = config.model_copy(
         update={"sweep": SweepConfig.model_validate({"strategy": sweep})}
     )  # the specs are the adapters here
@@ -207,6 +216,13 @@ def make_trainer(
             collate=make_batch,
         )
     )
+
+
+def with_members(split: TokenSplit, members: int) -> TokenSplit:
+    """The same documents, each of which belongs to one of so many members."""
+    documents = len(split.offsets) - 1
+    targets = np.random.default_rng(documents).integers(0, members, documents).astype(np.float64)
+    return replace(split, targets=targets, target_offsets=np.arange(documents + 1))
 
 
 def collate_pairs(
@@ -270,6 +286,7 @@ def only(plan: StepPlan, adapter: int) -> StepPlan | None:
         preferences=_of_first(plan.preferences, adapter),
         chosen_tokens=_of_first(plan.chosen_tokens, adapter),
         texts=_of_first(plan.texts, adapter),
+        draws=_of_first(plan.draws, adapter),
     )
 
 

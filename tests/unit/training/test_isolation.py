@@ -61,9 +61,9 @@ def some_absent(plans: list[StepPlan], adapters: int) -> bool:
 def test_trained_together_equals_trained_alone(
     tmp_path: Path, optimizer: str, options: dict[str, Any], adapter_options: dict[str, Any]
 ) -> None:
-    lr = {"adamw": 2e-3, "sgd": 0.4}[
+    lr = {"adamw": 2e-3, "sgd": 0.3}[
         optimizer
-    ]  # from 0.5 on, SGD on LoRA is unstable: any rounding grows step by step
+    ]  # from 0.4 on, SGD on LoRA is unstable on some processors: any rounding grows step by step
     specs = [
         replace(s, dropout=0.2) if s.name == "a-lora" else s for s in mixed_specs(lr=lr, **adapter_options)
     ]
@@ -86,7 +86,7 @@ def test_conversations_among_plain_rows_trained_together_equal_those_trained_alo
     tmp_path: Path, optimizer: str, packed: bool
 ) -> None:
     """Rows of which several spans are learnt share micro-batches with rows that are learnt whole."""
-    lr = {"adamw": 2e-3, "sgd": 0.4}[optimizer]
+    lr = {"adamw": 2e-3, "sgd": 0.3}[optimizer]
     specs = [replace(s, dropout=0.2) if s.name == "a-lora" else s for s in mixed_specs(lr=lr)]
     options: dict[str, Any] = {"optimizer": optimizer, "chats": ("a",), "tokens_per_step": 220}
     options |= {"packed_chats": ("b",)} if packed else {"chats": ("a", "b")}

@@ -14,7 +14,9 @@ from tests.conftest import mixed_specs
 from tests.unit.training.harness import make_trainer
 
 
-def test_the_last_step_s_rows_are_timed_both_ways_and_nothing_changes(tmp_path: Path) -> None:
+def test_the_last_step_s_rows_are_timed_both_ways_and_nothing_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make_trainer(mixed_specs(), tmp_path, compare_separate=True)
     trainer.train()
     plan = trainer.plan(trainer.state.step - 1)
@@ -22,7 +24,12 @@ def test_the_last_step_s_rows_are_timed_both_ways_and_nothing_changes(tmp_path: 
     before = {name: tensor.clone() for name, tensor in trainer.bank.tensors().items()}
     seen: list[list[int]] = []
     inner = trainer.bank.route
-    trainer.bank.route = lambda ids, noise=None: (seen.append([int(i) for i in ids]), inner(ids, noise))[1]  # type: ignore[method-assign]
+
+    def route(ids: torch.Tensor, *details: Any, **named: Any) -> None:
+        seen.append([int(i) for i in ids])
+        inner(ids, *details, **named)
+
+    monkeypatch.setattr(trainer.bank, "route", route)
     found = time_joint_vs_separate(trainer)
     assert found is not None
     assert found.measured == found.adapters == len(plan.label_tokens) > 1
@@ -59,9 +66,9 @@ def test_a_limit_that_is_too_short_for_all_adapters_gives_an_estimate_and_is_kep
     trainer.train()
     trainer.state.seconds, inner, clock = 0.0, trainer.bank.route, [0.0]
 
-    def route(ids: torch.Tensor, noise: Any = None) -> None:
+    def route(ids: torch.Tensor, *details: Any, **named: Any) -> None:
         clock[0] += len(ids)
-        inner(ids, noise)
+        inner(ids, *details, **named)
 
     monkeypatch.setattr(trainer.bank, "route", route)
     monkeypatch.setattr("time.monotonic", lambda: clock[0])

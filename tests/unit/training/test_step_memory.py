@@ -122,6 +122,39 @@ def test_a_text_model_keeps_what_its_shapes_say(model_type: str, method: str, tm
     assert memory.kept == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize("expert", ["lora", "ia3"])
+@pytest.mark.parametrize("model_type", ["llama", "starcoder2"])
+def test_experts_keep_what_their_shapes_say(model_type: str, expert: str, tmp_path: Path) -> None:
+    """Of three adapters, two are routed; 2 of 8 experts compute a token."""
+    config = TEXT[model_type]
+    keys: dict[str, Any] = {"rank": 2} if expert == "lora" else {}
+    specs = [
+        *specs_of("mixlora", 2, expert=expert, target_modules="all-linear", **keys),
+        *specs_of("lora", 1, target_modules="all-linear", rank=2),
+    ]
+    pools = pools_in(tmp_path, config, specs)
+    memory = measure_shapes(ModelConfig(path=str(tmp_path)), pools, BatchShape(ROWS, LENGTH))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    mask = torch.ones(ROWS, 1, LENGTH, LENGTH, dtype=torch.bool)
+    ids = torch.randint(0, 60, (ROWS, LENGTH))
+    measured = kept_on_cpu(model, specs, {"input_ids": ids, "attention_mask": mask})
+    assert memory.kept == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(("expert", "inputs"), [("lora", 1), ("flora", 3)])
+def test_operations_of_experts(expert: str, inputs: int, tmp_path: Path) -> None:
+    """top_k times the output layer, and the input layers once, except by fLoRA experts."""
+    flops = []
+    for options in ({"experts": 4, "top_k": 1}, {"experts": 4, "top_k": 3}):
+        specs = specs_of("mixlora", 2, expert=expert, target_modules="all-linear", rank=2, **options)
+        pools = pools_in(tmp_path, TEXT["llama"], specs)
+        memory = measure_shapes(ModelConfig(path=str(tmp_path)), pools, BatchShape(ROWS, LENGTH))
+        flops.append(memory.flops)
+    layer = 2 * ROWS * LENGTH * 256 * 640 * 3  # one linear layer of the feed-forward blocks, in all of them
+    assert flops[1] - flops[0] == layer * (2 + 2 * (inputs - 1))
+
+
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in ("t5", "whisper")])
 def test_every_architecture_is_planned(name: str, tmp_path: Path) -> None:
     pools = pools_in(tmp_path, tiny_model(name).config, specs_of("flora", 2, rank=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.paging import Paging
+from flora_train.adapters.spec import AdapterSpec
 from flora_train.evaluation.harness.requests import Answer, TokenPair
 from flora_train.evaluation.harness.scoring import Scorer, cut_vocabulary, unique_inputs
 from tests.architectures import VOCABULARY
@@ -21,8 +23,17 @@ CONTENDERS = (-1, 0, 1, 2)
 MAX_LENGTH = 20
 
 
-def bank_for(architecture: str = "llama", paging: Paging | None = None) -> AdapterBank:
-    specs = [spec("flora", rank=2), spec("lora", rank=2), spec("ia3")]
+ROUTED = (
+    spec("mixlora", family="mix", experts=4, rank=2),
+    spec("mixlora", family="fmix", expert="flora", experts=3, top_k=1),
+    spec("lora", rank=2),
+)
+
+
+def bank_for(
+    architecture: str = "llama", paging: Paging | None = None, specs: Sequence[AdapterSpec] = ()
+) -> AdapterBank:
+    specs = specs or [spec("flora", rank=2), spec("lora", rank=2), spec("ia3")]
     bank = AdapterBank.attach(model_for(architecture, byte_tokenizer()), specs, paging=paging)
     for adapter in range(len(specs)):
         generator = torch.Generator().manual_seed(adapter)
@@ -73,6 +84,14 @@ def assert_alike(found: list[Answer], expected: list[Answer]) -> None:
 def test_scores_are_those_of_each_row_alone(architecture: str, max_tokens: int) -> None:
     bank, pairs = bank_for(architecture), random_pairs()
     found = scorer_for(bank, max_tokens).score(pairs, CONTENDERS, max_length=MAX_LENGTH)
+    for adapter in CONTENDERS:
+        assert_alike(found[adapter], [alone(bank, pair, adapter) for pair in pairs])
+    assert len({found[adapter][0][0] for adapter in CONTENDERS}) == 4
+
+
+def test_scores_of_routed_adapters_are_those_of_each_row_alone() -> None:
+    bank, pairs = bank_for(specs=ROUTED), random_pairs()
+    found = scorer_for(bank, 100).score(pairs, CONTENDERS, max_length=MAX_LENGTH)
     for adapter in CONTENDERS:
         assert_alike(found[adapter], [alone(bank, pair, adapter) for pair in pairs])
     assert len({found[adapter][0][0] for adapter in CONTENDERS}) == 4

@@ -1,0 +1,1 @@
+"""Routed adapters: a router, or gate, chooses the experts that compute a token."""

@@ -1,0 +1,1 @@
+"""The load of the experts of routed adapters, on held-out texts."""

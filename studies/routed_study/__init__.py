@@ -1,0 +1,1 @@
+"""What studies/routed.py and studies/gates.py are made of."""

@@ -1,0 +1,1 @@
+"""Sparse changes of a weight."""
