@@ -22,7 +22,8 @@ SHORT_UNIT = 8
 FEW_UNITS = 128
 """Units up to which these copies are small."""
 UNITS_OF_A_SEGMENT = 4
-"""Units for each segment with tokens up to which a loop over segments saves nothing."""
+"""Units for each segment with tokens up to which a loop over segments saves nothing. Like the two numbers
+above, not calibrated."""
 FEW_TOKENS = 4
 """Tokens up to which a loop over their segments has no more operations than the batched form."""
 
