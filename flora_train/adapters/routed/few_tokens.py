@@ -58,8 +58,8 @@ def add_experts_of_pairs(
 
 
 def shares(experts: Tensor, count: int, dtype: torch.dtype, weights: Tensor | None = None) -> Tensor:
-    """[T, E]: the weight of every expert for a token, 0 for those that it is not sent to. An expert may be named
-    twice, as unused slots of weight 0 name one."""
+    """[T, E]: the weight of every expert for a token, 0 for those that it is not sent to. Unused slots name
+    some expert, with weight 0."""
     values = torch.ones_like(experts, dtype=dtype) if weights is None else weights.to(dtype)
     return values.new_zeros(len(experts), count).scatter_add_(1, experts, values)
 
