@@ -17,6 +17,8 @@ from flora_train.export.peft_format import export_peft
 from flora_train.export.peft_forms import BaseModel
 from tests.conftest import perturb, spec
 from tests.e2e.conftest import Launch
+from tests.e2e.test_chat import GREEDY, answers, chat
+from tests.e2e.test_routed import command
 
 EXPERTS: dict[str, dict[str, Any]] = {
     "mix": {"method": "mixlora", "experts": 3, "rank": 2, "lr": 0.02, "dropout": 0.1, "jitter": 0.1},
@@ -92,23 +94,32 @@ def largest_difference(run: Path, other: Path, adapters: int) -> float:
     return max(differences)
 
 
-@pytest.fixture(scope="module", params=["routed", "decided"])
-def finished(
-    request: pytest.FixtureRequest, launch: Launch, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path]:
-    """A recipe, and its run on one process."""
-    recipe, run = request.getfixturevalue(request.param), tmp_path_factory.mktemp("runs") / "one"
+def run_of(recipe: Path, launch: Launch) -> Path:
+    """The run of a recipe on one process."""
+    run = recipe.parent / "one"
     done = launch(f"recipe={recipe}", f"output_dir={run}")
     assert done.returncode == 0, done.stderr
-    return recipe, run
+    return run
+
+
+@pytest.fixture(scope="module")
+def routed_run(routed: Path, launch: Launch) -> Path:
+    return run_of(routed, launch)
+
+
+@pytest.fixture(scope="module")
+def decided_run(decided: Path, launch: Launch) -> Path:
+    return run_of(decided, launch)
 
 
 @pytest.mark.parametrize("words", [[], ["model.fsdp=true"]], ids=["whole base", "divided base"])
+@pytest.mark.parametrize("kind", ["routed", "decided"])
 @pytest.mark.quick("routed-whole base", "decided-whole base")
 def test_two_processes_equal_one(
-    words: list[str], finished: tuple[Path, Path], launch: Launch, tmp_path: Path
+    words: list[str], kind: str, request: pytest.FixtureRequest, launch: Launch, tmp_path: Path
 ) -> None:
-    (recipe, one), two = finished, tmp_path / "two"
+    one, two = request.getfixturevalue(f"{kind}_run"), tmp_path / "two"
+    recipe: Path = request.getfixturevalue(kind)
     done = launch(f"recipe={recipe}", f"output_dir={two}", *words, processes=2)
     assert done.returncode == 0, done.stderr
     one_record, two_record = last_record(one), last_record(two)
@@ -121,6 +132,43 @@ def test_two_processes_equal_one(
         assert tuple(loss in metrics for loss in OWN_LOSSES) == has
         for loss in OWN_LOSSES:
             assert metrics.get(loss) == pytest.approx(two_record[name].get(loss), abs=1e-5)
+
+
+def test_commands_use_a_switch_and_gates_or_say_why_not(decided_run: Path, tmp_path: Path) -> None:
+    """Exported, pushed and talked to as other adapters; vLLM and single weights are refused."""
+    names = [f"letters-{family}" for family in ("switch", "gate")]
+    done = command("export", str(decided_run), *names, "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    for name in names:
+        assert (tmp_path / "out" / name / "routing.json").is_file()
+        card = (decided_run / "adapters" / name / "README.md").read_text()
+        assert "PeftModel.from_pretrained" in card
+        pushed = command(
+            "push", str(decided_run), name, "--repo", "me/mine", "--dry-run", "--base", "me/base"
+        )
+        assert pushed.returncode == 0, pushed.stderr
+        assert f"{name}/expert_1/adapter_model.safetensors" in pushed.stdout
+        folder = str(decided_run / "adapters" / name)
+        refusals = {
+            ("serve", str(decided_run), name): "is a routed adapter",
+            ("serve", folder): "is a routed adapter (routing.json), and vLLM has no router",
+            (
+                "export",
+                str(decided_run),
+                name,
+                "--as",
+                "merged",
+            ): "a router chooses the experts of each token",
+            ("convert", folder, "--out", str(tmp_path / "x")): f"such as {folder}/expert_0",
+        }
+        for words, reason in refusals.items():
+            refused = command(*words)
+            assert refused.returncode == 2
+            assert refused.stderr.count("error: ") == 1
+            assert reason in refused.stderr
+    said = chat(decided_run, *names, "--plain", *GREEDY, said="abcd", cache=tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert [name for name, _ in answers(said.stdout)] == ["base", *names]
 
 
 def test_a_draw_that_no_microbatch_holds_is_refused(

@@ -48,11 +48,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(folder: Path, **adapter: Any) -> RunConfig:
+    task = {"train": "a.jsonl"}
+    if adapter["method"] == "head":
+        task["label"] = "kind"
     return validate(
         {
             "name": "small",
             "model": {"path": str(folder / "base")},
-            "tasks": {"a": {"train": "a.jsonl"}},
+            "tasks": {"a": task},
             "adapters": {"x": {"lr": 1e-3, **adapter}},
             "training": {"steps": 10},
         }
