@@ -9,8 +9,10 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.config.model_schema import ModelConfig
 from flora_train.export.peft_format import export_peft
 from flora_train.export.peft_forms import BaseModel
+from flora_train.models.base_identity import base_identity
 from tests.architectures import tiny_model
 from tests.conftest import spec
 from tests.e2e.test_bad_input import Complain, complain, model
@@ -61,9 +63,10 @@ def test_wrong_settings(complain: Complain, adapter: str, line: str) -> None:
 def test_a_gate_over_adapters_of_different_bases(complain: Complain, model: Path, tmp_path: Path) -> None:
     """One by the name of its base, one by the hash of its base's weights."""
     bank = AdapterBank.attach(LlamaForCausalLM.from_pretrained(model), [spec("lora", "a", rank=2)])
+    own = base_identity(ModelConfig(path=str(model)))  # which leaves its cache beside the weights
     other = {"weights": "0" * 64, "config": "0" * 64}
     bases = {
-        "right": BaseModel("model"),
+        "right": BaseModel("model", identity=own),
         "named": BaseModel("org/other"),
         "recorded": BaseModel("model", identity=other),
     }

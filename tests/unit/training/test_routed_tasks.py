@@ -57,7 +57,7 @@ def switches(*tasks: str, lr: float) -> list[AdapterSpec]:
 def gates(*tasks: str, lr: float) -> list[AdapterSpec]:
     """A gate with frozen members and one with members that are trained."""
     return [
-        gate_spec(LORAS, tasks[0], "gate", gate_loss=0.0, lr=10 * lr),
+        gate_spec(LORAS, tasks[0], "gate", gate_loss=0.0, lr=2 * lr),
         gate_spec(LORAS, tasks[-1], "trained", gate_loss=0.0, train_members=True, lr=lr),
     ]
 
