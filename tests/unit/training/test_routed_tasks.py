@@ -75,6 +75,7 @@ def plain(*tasks: str, lr: float) -> list[AdapterSpec]:
 
 @pytest.mark.parametrize("optimizer", RATES)
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.quick("mixlora-adamw", "meteora-sgd")
 def test_heads_of_a_decoder(tmp_path: Path, method: str, optimizer: str) -> None:
     """Labels of texts and of tokens, and numbers, beside plain texts and plain adapters."""
     lr = RATES[optimizer]
@@ -87,6 +88,7 @@ def test_heads_of_a_decoder(tmp_path: Path, method: str, optimizer: str) -> None
 
 @pytest.mark.parametrize("optimizer", RATES)
 @pytest.mark.parametrize("architecture", ["bert", "roberta"])
+@pytest.mark.quick("bert-adamw")
 def test_switches_with_heads_on_encoders(tmp_path: Path, architecture: str, optimizer: str) -> None:
     """(MixLoRA does not know the feed-forward blocks of these bases, and refuses them.)"""
     lr = RATES[optimizer]
@@ -99,6 +101,7 @@ def test_switches_with_heads_on_encoders(tmp_path: Path, architecture: str, opti
 
 @pytest.mark.parametrize("optimizer", RATES)
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.quick("switch-sgd")
 def test_embeddings(tmp_path: Path, method: str, optimizer: str) -> None:
     """Pairs and triplets, whose draws are those that the load of experts is balanced over."""
     lr = RATES[optimizer]
@@ -112,6 +115,7 @@ def test_embeddings(tmp_path: Path, method: str, optimizer: str) -> None:
 
 @pytest.mark.parametrize("optimizer", RATES)
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.quick("mixlora-adamw", "switch-sgd")
 def test_preferences(tmp_path: Path, method: str, optimizer: str) -> None:
     """DPO and KTO, whose rows of a reference and of a KL term are not balanced."""
     lr = RATES[optimizer]
