@@ -123,8 +123,8 @@ def test_two_processes_equal_one(
     done = launch(f"recipe={recipe}", f"output_dir={two}", *words, processes=2)
     assert done.returncode == 0, done.stderr
     one_record, two_record = last_record(one), last_record(two)
-    assert largest_difference(one, two, len(one_record)) <= 1e-6
     adapters = yaml.safe_load(recipe.read_text())["adapters"]
+    assert largest_difference(one, two, 2 * len(adapters)) <= 1e-6
     for name, metrics in one_record.items():
         assert metrics["loss"] == pytest.approx(two_record[name]["loss"], abs=1e-5)
         method = adapters[name.partition("-")[2]]["method"]
