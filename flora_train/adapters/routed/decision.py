@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from flora_train.adapters.methods.mixlora import ROUTER
+from flora_train.adapters.methods.routed import ROUTER
 from flora_train.adapters.routed.balance import (
     DrawTokens,
     probability_gradient,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.methods import Params, Site, Target
-from flora_train.adapters.methods.mixlora import ROUTER, expert_method
+from flora_train.adapters.methods.routed import ROUTER, expert_method
 from flora_train.adapters.pool import Pool
 from flora_train.adapters.routed.balance import with_balance
 from flora_train.adapters.routed.blocks import FeedForwardBlock, hidden_states

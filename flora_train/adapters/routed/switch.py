@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flora_train.adapters.methods import Params, Site, Target
-from flora_train.adapters.methods.mixlora import ROUTER, expert_method
+from flora_train.adapters.methods.routed import ROUTER, expert_method
 from flora_train.adapters.routed.decision import Decision, decide, decision_of
 from flora_train.adapters.routed.few_tokens import FEW_PAIRS, add_experts
 from flora_train.adapters.routing import BatchRouting, Routing, Span
