@@ -12,7 +12,7 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import UserError, user_error
 from flora_train.federated.bank_values import add_to_base, read_values, write_values
 from flora_train.federated.local_training import Client, LocalResult, train_clients
-from flora_train.federated.rounds import RoundOptions, RoundRecord, mean_loss
+from flora_train.federated.rounds import RoundOptions, RoundRecord, ServerProgress, mean_loss
 from flora_train.federated.server import Aggregation, aggregate
 from flora_train.federated.server_checks import check_algorithm, check_client, check_ranks
 from flora_train.federated.state import GlobalState, expected_of, values_for
@@ -35,6 +35,8 @@ class Simulation:
         state: The server's state, from `initial_state` or an earlier stage.
         options: How rounds are run.
         deliver: Stands for the network. Default: all updates arrive as they were sent.
+        progress: Where an earlier simulation ended. Default: before the first round.
+        after_step: Called after every local step; it may raise an exception to stop.
 
     Raises:
         UserError: Fewer clients than asked for, an algorithm that cannot average the method or the ranks, a
@@ -49,15 +51,20 @@ class Simulation:
         *,
         options: RoundOptions,
         deliver: Deliver = lambda update: update,
+        progress: ServerProgress | None = None,
+        after_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.trainer, self.bank = trainer, trainer.bank
         self.clients = {client.name: client for client in clients}
         self.state = state
         self.options = options
         self.deliver = deliver
+        self.after_step = after_step
         self.records: list[RoundRecord] = []
-        self._unseen: dict[str, int] = dict.fromkeys(self.clients, 0)
-        """Client -> bytes of residuals since it last took part, which it gets with the next values."""
+        """Of the rounds that this simulation ran."""
+        self.progress = progress or ServerProgress()
+        for name in self.clients:
+            self.progress.unseen.setdefault(name, 0)
         self._check(clients)
 
     def _check(self, clients: Sequence[Client]) -> None:
@@ -93,7 +100,7 @@ class Simulation:
 
     def round(self) -> RoundRecord:
         """Run one round: broadcast, local steps, server step. Raises UserError as `run` does."""
-        number, begun = len(self.records), time.monotonic()
+        number, begun = self.progress.round, time.monotonic()
         chosen = self.options.choose(self.clients, number)
         sent = {name: self._broadcast(name) for name in chosen}
         results = self._train(chosen, number)
@@ -116,6 +123,7 @@ class Simulation:
             failure=failure,
         )
         self.records.append(record)
+        self.progress.round += 1
         return record
 
     def load_global(self, adapter: str) -> None:
@@ -143,7 +151,7 @@ class Simulation:
         """Write the global values into the client's row; the bytes that it gets."""
         values = values_for(self.state, self._spec(client))
         write_values(self.bank, self.clients[client].adapter, values)
-        unseen, self._unseen[client] = self._unseen[client], 0
+        unseen, self.progress.unseen[client] = self.progress.unseen[client], 0
         return values.nbytes + unseen
 
     def _train(self, chosen: Sequence[str], number: int) -> dict[str, LocalResult]:
@@ -152,7 +160,12 @@ class Simulation:
         for start in range(0, len(chosen), at_once):
             group = [self.clients[name] for name in chosen[start : start + at_once]]
             results |= train_clients(
-                self.trainer, group, self.options.local, round_number=number, seed=self.options.seed
+                self.trainer,
+                group,
+                self.options.local,
+                round_number=number,
+                seed=self.options.seed,
+                after_step=self.after_step,
             )
         return results
 
@@ -174,20 +187,20 @@ class Simulation:
         for outcome in outcomes:
             if outcome.status != "accepted":
                 logger.warning(
-                    f"round {len(self.records)}: {outcome.client} is {outcome.status}: {outcome.reason}"
+                    f"round {self.progress.round}: {outcome.client} is {outcome.status}: {outcome.reason}"
                 )
         try:
             check_enough(accepted, outcomes, self.options.min_clients)
         except UserError as error:
-            failed = 1 + sum(bool(record.failure) for record in self.records)
-            if failed > self.options.failed_rounds:
+            self.progress.failures += 1
+            if self.progress.failures > self.options.failed_rounds:
                 raise
             return None, str(error)
         aggregation = aggregate(self.state, accepted, self.options.algorithm)
         add_to_base(self.bank, aggregation.state.residuals)
         self.state = aggregation.state
-        for client in self._unseen:
-            self._unseen[client] += self.state.residual_bytes
+        for client in self.progress.unseen:
+            self.progress.unseen[client] += self.state.residual_bytes
         return aggregation, ""
 
 
