@@ -33,7 +33,7 @@ import flora_train.cli  # noqa: F401  (how torch's threads wait is read when tor
 
 # isort: split
 import torch
-from contenders.bank_clients import BATCH, BankClients, ClientTexts
+from contenders.bank_clients import BATCH, MICROBATCH, BankClients, ClientTexts
 from contenders.peft_clients import PeftClients, load_classifier
 from large_data import PeakMemory
 from torch import Tensor
@@ -252,7 +252,8 @@ def report(options: argparse.Namespace) -> str:
         "",
         f"{Path(options.model).name}, LoRA of rank 8 on query and value, a head of {LABELS} labels; every "
         f"client trains {STEPS} steps of {BATCH} texts, with a fresh AdamW, from the global adapter; then "
-        f"FedAvg of the factors. Medians of {options.repeats} rounds in which the ways took turns. `base "
+        f"FedAvg of the factors. Medians of {options.repeats} rounds in which the ways took turns. The bank's "
+        f"forwards have at most {MICROBATCH:,} padded tokens, of texts of similar length. `base "
         "alone`: forward and backward of the bank's batches through the frozen base, without adapters, "
         f"optimizer and server: a bound for any way. The goal is {GOAL:g} times as fast as PEFT.",
         "",

@@ -43,6 +43,8 @@ ADAPTER: dict[str, Any] = {
     "head_lr": 2e-2,
     "lr_schedule": "constant",
 }
+MICROBATCH = 1024
+"""Padded tokens of a forward: texts of one micro-batch have similar lengths, so that smaller ones pad less."""
 SEED = 0
 FIRST_TOKEN = 1000
 """Of the vocabulary of BERT; smaller ids are special or unused."""
@@ -149,7 +151,7 @@ def _config(names: Sequence[str], length: int) -> RunConfig:
             "model": {"path": "unused"},
             "tasks": dict.fromkeys(names, source),
             "adapters": {"lora": ADAPTER},
-            "training": {"steps": 1, "tokens_per_microbatch": 4096, "max_length": length},
+            "training": {"steps": 1, "tokens_per_microbatch": MICROBATCH, "max_length": length},
         }
     )
 
