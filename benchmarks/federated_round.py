@@ -252,8 +252,8 @@ def report(options: argparse.Namespace) -> str:
         "",
         f"{Path(options.model).name}, LoRA of rank 8 on query and value, a head of {LABELS} labels; every "
         f"client trains {STEPS} steps of {BATCH} texts, with a fresh AdamW, from the global adapter; then "
-        f"FedAvg of the factors. Medians of {options.repeats} rounds in which the ways took turns. The bank's "
-        f"forwards have at most {MICROBATCH:,} padded tokens, of texts of similar length. `base "
+        f"FedAvg of the factors. Medians of {options.repeats} rounds in which the ways took turns. The "
+        f"bank's forwards have at most {MICROBATCH:,} padded tokens, of texts of similar length. `base "
         "alone`: forward and backward of the bank's batches through the frozen base, without adapters, "
         f"optimizer and server: a bound for any way. The goal is {GOAL:g} times as fast as PEFT.",
         "",

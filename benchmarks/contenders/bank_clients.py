@@ -44,7 +44,7 @@ ADAPTER: dict[str, Any] = {
     "lr_schedule": "constant",
 }
 MICROBATCH = 1024
-"""Padded tokens of a forward: texts of one micro-batch have similar lengths, so that smaller ones pad less."""
+"""Padded tokens of a forward: texts of a micro-batch have similar lengths, so that smaller ones pad less."""
 SEED = 0
 FIRST_TOKEN = 1000
 """Of the vocabulary of BERT; smaller ids are special or unused."""
