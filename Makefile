@@ -15,11 +15,13 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 ARGS ?=
 MULTIPL_E ?=
+CLIENTS ?= 100
+ALPHAS ?= 0.1 1 100
 PROBLEMS := assets/preference_problems
 SAMPLED := evaluation.problems=[$(PROBLEMS)/training_problems.yaml,$(PROBLEMS)/heldout_problems.yaml] \
 	evaluation.temperature=0.5 evaluation.num_samples=4 evaluation.max_new_tokens=48 evaluation.batch_rows=96 --languages lua,rb
 
-.PHONY: help quickstart setup setup-dev sweep code-local speech-local chat-local preferences-local clinical routed-local test test-full test-headline test-chips test-attack test-trl trl-env test-lm-eval lm-eval-env test-serving serving-env test-gpu lint types format bench bench-quick bench-gpu bench-serving docs figures clean
+.PHONY: help quickstart setup setup-dev sweep code-local speech-local chat-local preferences-local clinical routed-local federated-local federated-study test test-full test-headline test-chips test-attack test-trl trl-env test-lm-eval lm-eval-env test-serving serving-env test-gpu lint types format bench bench-quick bench-gpu bench-serving docs figures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -69,6 +71,17 @@ routed-local: $(INSTALLED) $(MODEL)  ## build texts of nine languages, train sha
 	for recipe in routed_members_local routed_local gates_local; do HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=$$recipe resume=true || exit 1; done
 	HF_HUB_OFFLINE=1 $(BIN)/python studies/routed.py outputs/routed_local $(ARGS)
 	HF_HUB_OFFLINE=1 $(BIN)/python studies/gates.py outputs/gates_local $(ARGS)
+
+federated-local: $(INSTALLED) $(MINILM)  ## build an encoder and diagnoses, and run six federated strategies with 100 clients (recipe federated_local)
+	test -d assets/clinical_local || $(BIN)/python assets/build_clinical_corpus.py
+	$(BIN)/python assets/build_federated_texts.py --development
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=federated_local resume=true $(ARGS)
+
+federated-study: $(INSTALLED) $(MINILM)  ## the same with alpha 0.1, 1 and 100 and three seeds each, and the table of all (it continues where it was interrupted)
+	test -d assets/clinical_local || $(BIN)/python assets/build_clinical_corpus.py
+	$(BIN)/python assets/build_federated_texts.py --development
+	for alpha in $(ALPHAS); do HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=federated_local federated.num_clients=$(CLIENTS) federated.dirichlet_alpha=$$alpha federated.seeds=[1,2,3] output_dir=outputs/federated_$(CLIENTS)_$$alpha resume=true $(ARGS) || exit 1; done
+	$(BIN)/python studies/federated.py --save
 
 test: $(INSTALLED_DEV) $(MODEL) lint types  ## run lint, types and the tests
 	$(PYTEST) -n 2 --dist worksteal $(ARGS)
@@ -132,6 +145,7 @@ bench: $(INSTALLED) $(MODEL)  ## benchmark joint training beside its peers, laye
 	$(BIN)/python benchmarks/generation.py --save
 	$(BIN)/python benchmarks/routed_decoding.py --save
 	$(BIN)/python benchmarks/routed_training.py --save
+	$(BIN)/python benchmarks/federated_round.py --save
 	$(BIN)/python benchmarks/execution.py --save
 	$(BIN)/python benchmarks/paging.py --save
 	$(BIN)/python benchmarks/thousand.py --save
