@@ -57,7 +57,7 @@ class RunResult(os.PathLike[str]):
         return self.path / name
 
     def _repr_html_(self) -> str:
-        """Held-out bits per byte of base and adapters, or the figures of federated strategies, and the path of
+        """Held-out bits per byte of base and adapters, or figures of federated strategies, and the path of
         the full report."""
         report = self.report
         if isinstance(report, FederatedReport):
