@@ -19,7 +19,7 @@ PROBLEMS := assets/preference_problems
 SAMPLED := evaluation.problems=[$(PROBLEMS)/training_problems.yaml,$(PROBLEMS)/heldout_problems.yaml] \
 	evaluation.temperature=0.5 evaluation.num_samples=4 evaluation.max_new_tokens=48 evaluation.batch_rows=96 --languages lua,rb
 
-.PHONY: help quickstart setup setup-dev sweep code-local speech-local chat-local preferences-local clinical routed-local test test-full test-headline test-chips test-attack test-trl trl-env test-lm-eval lm-eval-env test-serving serving-env test-gpu lint types format bench bench-quick bench-gpu bench-serving docs figures clean
+.PHONY: help quickstart setup setup-dev sweep code-local speech-local chat-local preferences-local clinical routed-local federated-local test test-full test-headline test-chips test-attack test-trl trl-env test-lm-eval lm-eval-env test-serving serving-env test-gpu lint types format bench bench-quick bench-gpu bench-serving docs figures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -69,6 +69,11 @@ routed-local: $(INSTALLED) $(MODEL)  ## build texts of nine languages, train sha
 	for recipe in routed_members_local routed_local gates_local; do HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=$$recipe resume=true || exit 1; done
 	HF_HUB_OFFLINE=1 $(BIN)/python studies/routed.py outputs/routed_local $(ARGS)
 	HF_HUB_OFFLINE=1 $(BIN)/python studies/gates.py outputs/gates_local $(ARGS)
+
+federated-local: $(INSTALLED) $(MINILM)  ## build an encoder and diagnoses, train recipe federated_local on them: 100 clients, six strategies
+	$(BIN)/python assets/build_clinical_corpus.py
+	$(BIN)/python assets/build_federated_texts.py
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=federated_local resume=true $(ARGS)
 
 test: $(INSTALLED_DEV) $(MODEL) lint types  ## run lint, types and the tests
 	$(PYTEST) -n 2 --dist worksteal $(ARGS)
