@@ -84,7 +84,7 @@ def render_federated(report: FederatedReport) -> str:
     of_figures = (figure_estimate, value_text, count, listed, plural, visible)
     of_strategies = (algorithm_text, method_text, sent_by, seconds_of, failed_rounds, missing_updates)
     filters = (*of_figures, *of_strategies, mebibytes, time_text)
-    return render_page("federated.html.j2", filters, content, package="flora_train.federated")
+    return render_page("federated.html.j2", filters, package="flora_train.federated", **content)
 
 
 def _sent_plot(report: FederatedReport, styles: dict[str, FamilyStyle]) -> Markup | None:

@@ -175,7 +175,16 @@ def _draw_line(axes: Axes, points: Sequence[RoundPoint], position: Position, *, 
     """The first stage of SLoRA is dotted, with hollow markers; a cross marks rounds that changed nothing."""
     first = [point for point in points if point.is_sparse]
     second = [point for point in points if not point.is_sparse]
-    line = {**style.held_out, "markevery": math.ceil(len(points) / MOST_MARKERS) or 1}
+    line = {
+        "color": style.colour,
+        "linestyle": style.dash,
+        "linewidth": 1.5,
+        "marker": style.marker,
+        "markersize": 6,
+        "markeredgecolor": PAPER,
+        "markeredgewidth": 0.8,
+        "markevery": math.ceil(len(points) / MOST_MARKERS) or 1,
+    }
     sparse_line = {**line, "linestyle": SPARSE_DASH, "markeredgecolor": style.colour}
     _plot_points(axes, [*first, *second[:1]], position, line={**sparse_line, "marker": ""})
     hollow = {**sparse_line, "linestyle": "", "markerfacecolor": PAPER}

@@ -197,7 +197,7 @@ def _page(template: str, **content: Any) -> str:
     of_preferences = (examples_of, setting_of)
     of_figures = (figure_estimate, figure_value, figure_verdict, is_shown_whole, score_of)
     functions = (*filters, *of_published, *of_preferences, *of_figures, visible)
-    return render_page(template, functions, content)
+    return render_page(template, functions, **content)
 
 
 def _pass_panels(

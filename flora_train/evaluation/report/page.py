@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,17 @@ CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not i
 def render_page(
     template: str,
     filters: Sequence[Callable[..., Any]],
-    content: Mapping[str, Any],
     *,
     package: str = OF_REPORTS,
+    **content: object,
 ) -> str:
     """The text of a page.
 
     Args:
         template: File name of the template, which begins with `head.html.j2` and ends with the script.
         filters: Functions that the template may use as filters, under their names.
-        content: What the template shows. All of it is escaped, unless it is Markup.
         package: Where the template is.
+        content: What the template shows. All of it is escaped, unless it is Markup.
 
     Returns:
         HTML that loads nothing.
