@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field, StrictBool
 
@@ -16,7 +16,7 @@ from flora_train.evaluation.result_model import (
     Text,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 
 
 class Incident(ResultModel):
