@@ -69,6 +69,10 @@ class Simulation:
         """The server's state after the last round."""
         return self.server.state
 
+    @state.setter
+    def state(self, state: GlobalState) -> None:
+        self.server.state = state
+
     @property
     def progress(self) -> ServerProgress:
         """How far rounds have come."""

@@ -1,4 +1,4 @@
-"""A labelled task, an encoder, and a deployment of three clients. Tests of this folder need Flower: the mark `flower`."""
+"""Labelled texts, an encoder, and three clients. Tests of this folder need Flower: the mark `flower`."""
 
 from __future__ import annotations
 

@@ -132,8 +132,9 @@ class Deployment:
         return found[1]
 
     def wait(self, run: str, limit: float = 400.0) -> str:
-        """Wait for the end of a run; its status."""
-        wait_until(lambda: self.status(run).startswith("finished"), limit, pause=1.0)
+        """Wait for the end of a run; its status. The log is looked at, since `flwr list` takes seconds."""
+        ended = re.compile(rf"Finished task \d+ of run {run}\b")
+        wait_until(lambda: ended.search(self.log()) is not None, limit)
         return self.status(run)
 
     def output(self, run: str) -> str:
@@ -145,9 +146,9 @@ class Deployment:
         """What a process wrote."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
-    def wait_for_text(self, text: str, *, name: str = "superlink", limit: float = 90.0) -> None:
-        """Wait until a process has written a text."""
-        wait_until(lambda: text in self.log(name), limit)
+    def wait_for_file(self, path: Path, limit: float = 400.0) -> None:
+        """Wait until a file is there."""
+        wait_until(path.exists, limit)
 
     def stop(self) -> None:
         """End all processes that were started here."""
