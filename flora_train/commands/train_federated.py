@@ -7,13 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flora_train.adapters.bank import AdapterBank
 from flora_train.config.errors import user_error
 from flora_train.config.schema import RunConfig
-from flora_train.data.hub_commits import commits_of
-from flora_train.data.tokenization import tokenizer_hash
-from flora_train.export.peft_format import export_peft
-from flora_train.export.peft_forms import BaseModel
 from flora_train.federated.build_report import build_report, read_federated_report, write_federated_report
 from flora_train.federated.loaded import LoadedRun, load_federated
 from flora_train.federated.report_page import write_page
@@ -21,26 +16,22 @@ from flora_train.federated.report_terminal import print_federated
 from flora_train.federated.run import (
     PlannedRun,
     federated_of,
-    files_of,
     plan_runs,
     probe_runs,
     train_runs,
 )
+from flora_train.federated.run_results import claim_folder, export_global, is_exported
 from flora_train.federated.saved_run import read_saved, state_path
-from flora_train.models.base_identity import base_identity
 from flora_train.run_context import as_it_began, check_base, check_data
 from flora_train.runtime.environment import dtype_of
 from flora_train.runtime.run_folder import RunFolder, RunStatus
 from flora_train.runtime.signals import Interrupted
-from flora_train.training.origin import OriginOptions, data_of
+from flora_train.training.origin import OriginOptions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-
-EXPORTED = ("lora", "flora", "ia3")
-"""Methods whose global adapters become PEFT folders."""
 
 
 def train_federated(
@@ -72,7 +63,7 @@ def train_federated(
         check_data(folder, loaded.tasks, OriginOptions())
     planned = plan_runs(loaded)
     probe_runs(loaded, planned)
-    _claim(loaded)
+    claim_folder(loaded)
     federated, clients = federated_of(loaded), len(planned[0].population.clients)
     logger.info(
         f"{clients} clients, {federated.rounds} rounds, {len(planned)} runs of strategies, base in "
@@ -99,32 +90,11 @@ def show_federated(folder: RunFolder) -> Path:
     return page
 
 
-def _claim(loaded: LoadedRun) -> None:
-    config, tasks = loaded.config, loaded.tasks
-    data = {name: data_of(task).model_dump(exclude_none=True) for name, task in tasks.items()}
-    loaded.folder.claim(
-        config,
-        files_of(federated_of(loaded)),
-        base_dtype=dtype_of(loaded.model),
-        base=base_identity(config.model),
-        tokenizer=tokenizer_hash(loaded.tokenizer),
-        hub_commits=commits_of(config),
-        data=data,
-    )
-
-
 def _export(loaded: LoadedRun, planned: PlannedRun) -> None:
-    """Write the global adapter as a PEFT folder, unless it belongs to weights of the base that rounds
-    changed, or changes no layer."""
-    stage = planned.stages[-1]
-    if stage.algorithm in ("fedex", "full") or stage.spec.method not in EXPORTED:
+    if not is_exported(planned.stages[-1]):
         return
     saved = read_saved(state_path(loaded.folder.path, planned.name))
     assert saved is not None
     strategy = planned.open(loaded)
     strategy.restore(saved)
-    bank: AdapterBank = strategy.trainer.bank
-    strategy.load_global(strategy.global_adapter)
-    model, name = loaded.config.model, strategy.global_adapter
-    base = BaseModel(model.path, model.revision, base_identity(model))
-    export_peft(bank, name, loaded.folder.adapters / name, base=base)
+    export_global(loaded, strategy)

@@ -41,15 +41,15 @@ def build_report(loaded: LoadedRun, planned: Sequence[PlannedRun]) -> FederatedR
     """
     federated, facts = federated_of(loaded), environment()
     saved = {own.name: _saved(loaded, own) for own in planned}
-    examples = len(saved_scores(saved[planned[0].name]).numerators)
+    examples = _examples(saved[planned[0].name])
     means: dict[str, Mapping[str, Resampled]] = {}
     strategies = []
     for name in federated.strategies:
         runs = [own for own in planned if own.strategy == name]
-        figures = [resampled(saved_scores(saved[own.name]), loaded.resampling) for own in runs]
+        figures = [_figures(loaded, saved[own.name]) for own in runs]
         means[name] = mean_over_seeds(figures)
         strategies.append(_strategy(loaded, name, runs, saved, figures=figures, mean=means[name]))
-    first = next(iter(means[planned[0].strategy]))
+    names = list(means[planned[0].strategy])
     clients = len(planned[0].population.clients)
     return FederatedReport(
         name=loaded.config.name,
@@ -66,10 +66,10 @@ def build_report(loaded: LoadedRun, planned: Sequence[PlannedRun]) -> FederatedR
         local=_local_text(loaded),
         heldout_examples=examples,
         confidence=loaded.resampling.confidence,
-        figures=list(means[planned[0].strategy]),
-        lower_is_better=first in OF_TEXT,
+        figures=names,
+        lower_is_better=names[:1] == list(OF_TEXT),
         strategies=strategies,
-        differences=_differences(loaded, means, first, examples),
+        differences=_differences(loaded, means, names[:1], examples),
     )
 
 
@@ -79,6 +79,17 @@ def _saved(loaded: LoadedRun, planned: PlannedRun) -> SavedRun:
     if saved is None or len(saved.rounds) < planned.rounds:
         raise user_error(str(path), None, "has not all rounds of the run: continue it with resume=true")
     return saved
+
+
+def _examples(saved: SavedRun) -> int:
+    """Held-out examples that were evaluated."""
+    scores = saved_scores(saved)
+    return 0 if scores is None else len(scores.numerators)
+
+
+def _figures(loaded: LoadedRun, saved: SavedRun) -> dict[str, Resampled]:
+    scores = saved_scores(saved)
+    return {} if scores is None else resampled(scores, loaded.resampling)
 
 
 def _strategy(
@@ -91,7 +102,7 @@ def _strategy(
     mean: Mapping[str, Resampled],
 ) -> StrategyResult:
     strategy, spec = federated_of(loaded).strategies[name], runs[0].stages[-1].spec
-    examples = len(saved_scores(saved[runs[0].name]).numerators)
+    examples = _examples(saved[runs[0].name])
     intervals = {}
     for figure, interval in intervals_of(mean, examples, loaded.resampling).items():
         intervals[figure] = over_seeds(interval, [own[figure].value for own in figures])
@@ -120,13 +131,15 @@ def _strategy(
 
 
 def _differences(
-    loaded: LoadedRun, means: Mapping[str, Mapping[str, Resampled]], figure: str, examples: int
+    loaded: LoadedRun, means: Mapping[str, Mapping[str, Resampled]], figures: list[str], examples: int
 ) -> list[StrategyDifference]:
+    """figures: the first one, if there is one."""
     differences = []
-    for first, second in combinations(means, 2):
-        between = {figure: means[first][figure] - means[second][figure]}
-        value = intervals_of(between, examples, loaded.resampling)[figure]
-        differences.append(StrategyDifference(first=first, second=second, value=value))
+    for figure in figures:
+        for first, second in combinations(means, 2):
+            between = {figure: means[first][figure] - means[second][figure]}
+            value = intervals_of(between, examples, loaded.resampling)[figure]
+            differences.append(StrategyDifference(first=first, second=second, value=value))
     return differences
 
 

@@ -90,18 +90,27 @@ def make_population(config: RunConfig, tasks: Mapping[str, Task], seed: int) -> 
     """
     assert config.federated is not None
     if config.federated.split == "tasks":
-        return _of_tasks(config, config.federated, tasks)
+        return _of_tasks(config, tasks)
     return _divided(config, config.federated, tasks, seed)
 
 
-def _of_tasks(config: RunConfig, federated: FederatedConfig, tasks: Mapping[str, Task]) -> Population:
-    names = sorted(tasks)
+def names_of_clients(config: RunConfig) -> list[str]:
+    """The names of all clients, in their order. Raises UserError for more clients than tasks."""
+    federated = config.federated
+    assert federated is not None
+    if federated.split == "dirichlet":
+        return client_names(federated.num_clients or DEFAULT_CLIENTS)
+    names = sorted(config.tasks)
     count = federated.num_clients or len(names)
     if count > len(names):
         hint = f"there are {len(names)} tasks, each of which is a client: ask for at most so many"
         raise user_error("federated.num_clients", count, hint)
     generator = np.random.default_rng(seed_of(config.seed, "natural split"))
-    chosen = [names[i] for i in np.sort(generator.choice(len(names), count, replace=False))]
+    return [names[i] for i in np.sort(generator.choice(len(names), count, replace=False))]
+
+
+def _of_tasks(config: RunConfig, tasks: Mapping[str, Task]) -> Population:
+    chosen = names_of_clients(config)
     first = tasks[chosen[0]]
     for name in chosen:
         own = tasks[name]
@@ -129,7 +138,7 @@ def _divided(
 ) -> Population:
     ((name, task),) = tasks.items()
     labels = label_numbers(task.train)
-    names = client_names(federated.num_clients or DEFAULT_CLIENTS)
+    names = names_of_clients(config)
     assert federated.dirichlet_alpha is not None
     parts = dirichlet_split(labels, len(names), alpha=federated.dirichlet_alpha, seed=seed)
     heldout = heldout_parts(labels, parts, label_numbers(task.evaluated), seed=seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from pydantic import Field, StrictBool
+from pydantic import StrictBool
 
 from flora_train.evaluation.result_model import (
     Confidence,
@@ -123,8 +123,9 @@ class FederatedReport(ResultModel):
     """What a client does in a round, such as `5 steps of 8 examples`."""
     heldout_examples: Count
     confidence: Confidence
-    figures: list[Text] = Field(min_length=1)
-    """Names of the figures, the first of which is that of clients and differences."""
+    figures: list[Text]
+    """Names of the figures, the first of which is that of clients and differences; empty where the server of
+    a deployment has no held-out examples."""
     lower_is_better: StrictBool
     strategies: list[StrategyResult]
     differences: list[StrategyDifference]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flora_train.config.federated_schema import FederatedConfig
+from flora_train.config.schema import RunConfig
 from flora_train.federated.loaded import LoadedRun
 from flora_train.federated.population import Population, make_population
 from flora_train.federated.result_types import Incident, RoundResult
@@ -43,9 +44,7 @@ class PlannedRun:
 
     def open(self, loaded: LoadedRun) -> StrategyRun:
         """Its rounds, before the first."""
-        return make_strategy_run(
-            loaded, self.population, self.stages, strategy=self.strategy, seed=self.seed
-        )
+        return make_strategy_run(loaded, self.population, self.stages, strategy=self.strategy, seed=self.seed)
 
 
 def plan_runs(loaded: LoadedRun) -> list[PlannedRun]:
@@ -126,11 +125,16 @@ def run_round(
 ) -> tuple[RoundResult, Scores | None]:
     """One round, and the scores of the global adapter where it is due to be evaluated."""
     record = strategy.round()
-    number, federated = record.round + 1, federated_of(loaded)
     scores = None
-    if number % federated.interval == 0 or number == planned.rounds:
+    if is_evaluated(loaded.config, record.round + 1, planned.rounds):
         scores = strategy.scores()
     return result_of(loaded, strategy, record, scores), scores
+
+
+def is_evaluated(config: RunConfig, number: int, rounds: int) -> bool:
+    """Whether the global adapter is due to be evaluated after so many of the rounds."""
+    assert config.federated is not None
+    return number % config.federated.interval == 0 or number == rounds
 
 
 def result_of(
@@ -172,13 +176,13 @@ def saved_of(strategy: StrategyRun, rounds: list[RoundResult], scores: Scores | 
     return SavedRun(rounds, tensors, {**strategy.facts(), "values": strategy.sent_values})
 
 
-def saved_scores(saved: SavedRun) -> Scores:
-    """The scores after the last round."""
+def saved_scores(saved: SavedRun) -> Scores | None:
+    """The scores after the last round; None where nothing is evaluated."""
     found = {}
     for name, tensor in saved.tensors.items():
         if name.startswith(SCORES):
             found[name.removeprefix(SCORES)] = tensor
-    return Scores.from_tensors(found)
+    return Scores.from_tensors(found) if found else None
 
 
 def progress_of(result: RoundResult) -> Mapping[str, str]:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from math import isfinite
 
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.config.errors import UserError, user_error
+from flora_train.config.errors import user_error
 from flora_train.federated.bank_values import add_to_base, read_values, write_values
 from flora_train.federated.local_training import Client, LocalResult, train_clients
-from flora_train.federated.rounds import RoundOptions, RoundRecord, ServerProgress, mean_loss
-from flora_train.federated.server import Aggregation, aggregate
-from flora_train.federated.server_checks import check_algorithm, check_client, check_ranks
+from flora_train.federated.round_server import RoundAnswers, RoundServer
+from flora_train.federated.rounds import RoundOptions, RoundRecord, ServerProgress
 from flora_train.federated.state import GlobalState, expected_of, values_for
-from flora_train.federated.updates import ClientOutcome, ClientUpdate, check_enough, sort_updates
+from flora_train.federated.updates import ClientUpdate, sort_updates
 from flora_train.training.heldout import HeldOut
 from flora_train.training.trainer import Trainer
-
-logger = logging.getLogger(__name__)
 
 Deliver = Callable[[ClientUpdate], ClientUpdate | None]
 """What the server gets of an update that a client sent; None: nothing."""
@@ -56,16 +51,37 @@ class Simulation:
     ) -> None:
         self.trainer, self.bank = trainer, trainer.bank
         self.clients = {client.name: client for client in clients}
-        self.state = state
-        self.options = options
         self.deliver = deliver
         self.after_step = after_step
         self.records: list[RoundRecord] = []
         """Of the rounds that this simulation ran."""
-        self.progress = progress or ServerProgress()
-        for name in self.clients:
-            self.progress.unseen.setdefault(name, 0)
         self._check(clients)
+        self.server = RoundServer(
+            state,
+            {client.name: self._spec(client.name) for client in clients},
+            options=options,
+            change_base=lambda residuals: add_to_base(self.bank, residuals),
+            progress=progress,
+        )
+
+    @property
+    def state(self) -> GlobalState:
+        """The server's state after the last round."""
+        return self.server.state
+
+    @state.setter
+    def state(self, state: GlobalState) -> None:
+        self.server.state = state
+
+    @property
+    def progress(self) -> ServerProgress:
+        """How far rounds have come."""
+        return self.server.progress
+
+    @property
+    def options(self) -> RoundOptions:
+        """How rounds are run."""
+        return self.server.options
 
     def _check(self, clients: Sequence[Client]) -> None:
         if self.bank.pager is not None:
@@ -76,13 +92,9 @@ class Simulation:
             raise user_error("clients", len(clients), "two clients have the same name")
         if len({client.adapter for client in clients}) < len(clients):
             raise user_error("clients", len(clients), "two clients have the same adapter")
-        check_algorithm(self.options.algorithm, self.state.spec)
-        check_ranks(self.options.algorithm, self.state)
-        self.options.choose(self.clients, 0)
         for client in clients:
-            spec = self._spec(client.name)
-            check_client(self.options.algorithm, self.state.spec, spec)
-            _check_examples(client, len(self.trainer.tasks[spec.task].train))
+            task = self._spec(client.name).task
+            _check_examples(client, len(self.trainer.tasks[task].train))
 
     def run(self, rounds: int) -> list[RoundRecord]:
         """Run further rounds.
@@ -101,29 +113,15 @@ class Simulation:
     def round(self) -> RoundRecord:
         """Run one round: broadcast, local steps, server step. Raises UserError as `run` does."""
         number, begun = self.progress.round, time.monotonic()
-        chosen = self.options.choose(self.clients, number)
+        chosen = self.server.choose()
         sent = {name: self._broadcast(name) for name in chosen}
         results = self._train(chosen, number)
         answers = [self.deliver(self._update_of(name, results[name])) for name in chosen]
         expected = {name: expected_of(self.state, self._spec(name)) for name in chosen}
-        trained = time.monotonic()
         arrived = [answer for answer in answers if answer is not None]
         accepted, outcomes = sort_updates(chosen, arrived, expected)
-        outcomes = [replace(outcome, bytes_down=sent.get(outcome.client, 0)) for outcome in outcomes]
-        aggregation, failure = self._server_step(accepted, outcomes)
-        record = RoundRecord(
-            round=number,
-            outcomes=tuple(outcomes),
-            loss=None if failure else mean_loss([(own.loss, own.examples) for own in accepted]),
-            bytes_up=sum(outcome.bytes_up for outcome in outcomes),
-            bytes_down=sum(outcome.bytes_down for outcome in outcomes),
-            left_out=_largest(aggregation),
-            seconds_clients=trained - begun,
-            seconds_server=time.monotonic() - trained,
-            failure=failure,
-        )
+        record = self.server.finish(RoundAnswers(accepted, outcomes, sent, begun))
         self.records.append(record)
-        self.progress.round += 1
         return record
 
     def load_global(self, adapter: str) -> None:
@@ -181,28 +179,6 @@ class Simulation:
             failure=result.failure or "",
         )
 
-    def _server_step(
-        self, accepted: Sequence[ClientUpdate], outcomes: Sequence[ClientOutcome]
-    ) -> tuple[Aggregation | None, str]:
-        for outcome in outcomes:
-            if outcome.status != "accepted":
-                logger.warning(
-                    f"round {self.progress.round}: {outcome.client} is {outcome.status}: {outcome.reason}"
-                )
-        try:
-            check_enough(accepted, outcomes, self.options.min_clients)
-        except UserError as error:
-            self.progress.failures += 1
-            if self.progress.failures > self.options.failed_rounds:
-                raise
-            return None, str(error)
-        aggregation = aggregate(self.state, accepted, self.options.algorithm)
-        add_to_base(self.bank, aggregation.state.residuals)
-        self.state = aggregation.state
-        for client in self.progress.unseen:
-            self.progress.unseen[client] += self.state.residual_bytes
-        return aggregation, ""
-
 
 def _check_examples(client: Client, available: int) -> None:
     if not client.examples:
@@ -210,9 +186,3 @@ def _check_examples(client: Client, available: int) -> None:
     outside = [example for example in client.examples if not 0 <= example < available]
     if outside:
         raise user_error(client.name, outside[0], f"its task has {available} training examples, from 0 on")
-
-
-def _largest(aggregation: Aggregation | None) -> float | None:
-    if aggregation is None or not aggregation.left_out:
-        return None
-    return max(aggregation.left_out.values())

@@ -5,19 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.pool import Pool
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.adapters.targets import dense_weight
 from flora_train.config.federated_schema import GLOBAL_TASK
 from flora_train.config.json_format import JsonObject
 from flora_train.config.schema import RunConfig
-from flora_train.federated.bank_values import read_values, write_values
+from flora_train.federated.bank_values import adapted_weight, adapted_weights, read_values
 from flora_train.federated.base_training import load_base
 from flora_train.federated.full_finetuning import FullFineTuning
 from flora_train.federated.loaded import LoadedRun
@@ -36,6 +34,24 @@ from flora_train.training.trainer import Trainer
 
 VALUES, BASE = "values.", "base."
 """Prefixes of saved tensors: those of the global adapter, and weights of the base that rounds changed."""
+
+
+class RoundEngine(Protocol):
+    """What runs the rounds of one stage: a simulation, or a server whose clients are elsewhere."""
+
+    @property
+    def state(self) -> GlobalState:
+        """After the last round."""
+
+    @property
+    def progress(self) -> ServerProgress:
+        """How far rounds have come."""
+
+    def round(self) -> RoundRecord:
+        """Run the next round."""
+
+    def load_global(self, adapter: str) -> None:
+        """Write the global values into an adapter of the bank."""
 
 
 class StrategyRun(ABC):
@@ -142,12 +158,12 @@ class AdapterRounds(StrategyRun):
         return self.stage.spec.name
 
     def round(self) -> RoundRecord:
-        if self.simulation.progress.round == self.stage.first_round + self.stage.rounds:
+        if self.engine.progress.round == self.stage.first_round + self.stage.rounds:
             self._enter_second_stage()
-        return self.simulation.round()
+        return self.engine.round()
 
     def load_global(self, adapter: str) -> None:
-        self.simulation.load_global(adapter)
+        self.engine.load_global(adapter)
 
     def probe(self) -> None:
         """Make the bank of every stage, to find what cannot be run before anything is trained. Afterwards it
@@ -157,19 +173,19 @@ class AdapterRounds(StrategyRun):
             self._begin(self._initial_state(), ServerProgress())
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {f"{VALUES}{name}": tensor for name, tensor in self.simulation.state.values.tensors()}
+        found = {f"{VALUES}{name}": tensor for name, tensor in self.engine.state.values.tensors()}
         if self.stage.algorithm == "fedex":
             found |= {f"{BASE}{module}": weight for module, weight in self._adapted_weights().items()}
         return found
 
     def facts(self) -> JsonObject:
-        state = self.simulation.state
+        state = self.engine.state
         return {
             "stage": self._index,
             "base": state.base,
             "mask": state.mask,
             "left_out": self.left_out,
-            **asdict(self.simulation.progress),
+            **asdict(self.engine.progress),
         }
 
     def restore(self, saved: SavedRun) -> None:
@@ -206,17 +222,24 @@ class AdapterRounds(StrategyRun):
         return initial_state(self._pool(), self.stage.spec, base=self.loaded.base, seed=self.options.seed)
 
     def _begin(self, state: GlobalState, progress: ServerProgress) -> None:
-        self.simulation = Simulation(
+        self.engine = self._make_engine(state, progress)
+
+    def _make_engine(self, state: GlobalState, progress: ServerProgress) -> RoundEngine:
+        return Simulation(
             self.trainer,
             self._clients(self._specs),
             state,
-            options=replace(self.options, algorithm=self.stage.algorithm),
+            options=self._stage_options,
             progress=progress,
             after_step=lambda: self.after_step(),
         )
 
+    @property
+    def _stage_options(self) -> RoundOptions:
+        return replace(self.options, algorithm=self.stage.algorithm)
+
     def _enter_second_stage(self) -> None:
-        first, failures = self.simulation.state, self.simulation.progress.failures
+        first, failures = self.engine.state, self.engine.progress.failures
         self._enter(self._index + 1)
         second = second_stage(
             first, self._pool(), self.stage.spec, seed=self.options.seed, weight_of=self._weight_of
@@ -225,13 +248,10 @@ class AdapterRounds(StrategyRun):
         self._begin(second.state, ServerProgress(self.stage.first_round, failures))
 
     def _weight_of(self, module: str) -> Tensor:
-        layer = self.trainer.bank.model.get_submodule(module)
-        assert isinstance(layer, AdapterLinear)
-        return dense_weight(layer.base_layer, layer.target)
+        return adapted_weight(self.trainer.bank, module)
 
     def _adapted_weights(self) -> dict[str, Tensor]:
-        """Module -> the weight of its base layer, which can be written into."""
-        return {module: self._weight_of(module).detach() for module in self._pool().targets}
+        return adapted_weights(self.trainer.bank, self._pool())
 
 
 class FullRounds(StrategyRun):
@@ -350,4 +370,3 @@ def round_options(config: RunConfig, strategy: str, *, seed: int) -> RoundOption
         min_clients=federated.min_clients,
         failed_rounds=federated.failed_rounds,
     )
-
