@@ -99,7 +99,12 @@ def _of_tasks(federated: FederatedConfig, tasks: Mapping[str, TaskConfig]) -> It
 
 def _is_trainable(task: TaskConfig) -> bool:
     """Whether it has labelled texts, or texts whose tokens are learnt."""
-    others = (task.speech is not None, task.objective not in (None, "sft"), task.embeds, task.task_id is not None)
+    others = (
+        task.speech is not None,
+        task.objective not in (None, "sft"),
+        task.embeds,
+        task.task_id is not None,
+    )
     return not any(others)
 
 

@@ -87,6 +87,7 @@ class StrategyRun(ABC):
 
     def probe(self) -> None:
         """Find what cannot be run before anything is trained. Raises UserError."""
+        self.options.choose([own.name for own in self.population.clients], 0)
 
     @abstractmethod
     def load_global(self, adapter: str) -> None:

@@ -35,8 +35,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 
 def raw_config(folder: Path, strategies: list[str], **federated: Any) -> dict[str, Any]:
-    """A run of these strategies: 4 clients of 48 texts with two labels, 3 rounds of 2 steps. Everything that a
-    test does not set is the same in all folders."""
+    """A run of these strategies: 4 clients of 48 texts with two labels, 3 rounds of 2 steps."""
     folder.mkdir(parents=True, exist_ok=True)
     base = folder / "base"
     if not base.exists():

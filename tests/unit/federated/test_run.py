@@ -1,4 +1,4 @@
-"""Whole federated runs: what is saved and reported, and that a run that was stopped ends with the same bits."""
+"""Whole federated runs: what is saved and reported, and that a stopped run ends with the same bits."""
 
 from __future__ import annotations
 
@@ -67,15 +67,20 @@ def test_every_strategy_is_run_with_every_seed(tmp_path: Path) -> None:
         value = strategy.figures["accuracy"]
         of_seeds = [seed.last.figures["accuracy"].value for seed in strategy.seeds]
         assert value.value == pytest.approx(sum(of_seeds) / 2)  # type: ignore[arg-type]
-        assert value.low is not None and value.high is not None and value.low <= value.high
-    stages = {strategy.name: [own.stage for own in strategy.seeds[0].rounds] for strategy in report.strategies}
+        assert value.low is not None
+        assert value.high is not None
+        assert value.low <= value.high
+    stages = {
+        strategy.name: [own.stage for own in strategy.seeds[0].rounds] for strategy in report.strategies
+    }
     assert stages["slora"] == ["sparse", "adapter", "adapter"]
     assert stages["sflora"] == ["sparse", "sparse", "adapter"]
     assert stages["full"] == ["full"] * 3
     sent = {strategy.name: strategy.seeds[0].bytes_up for strategy in report.strategies}
     assert sent["ia3"] < sent["products"] < sent["full"]
     pairs = {(own.first, own.second) for own in report.differences}
-    assert ("slora", "full") in pairs and len(pairs) == len(STRATEGIES) * (len(STRATEGIES) - 1) // 2
+    assert ("slora", "full") in pairs
+    assert len(pairs) == len(STRATEGIES) * (len(STRATEGIES) - 1) // 2
 
 
 def test_clients_have_figures_on_their_own_held_out_examples(tmp_path: Path) -> None:
@@ -94,7 +99,8 @@ def test_training_makes_the_global_adapter_better(tmp_path: Path) -> None:
     loaded = load_small(tmp_path, ["products", "central"], rounds=8)
     train_runs(loaded, plan_runs(loaded))
     rounds = saved_of(loaded, "products").rounds
-    assert rounds[-1].loss is not None and rounds[0].loss is not None
+    assert rounds[-1].loss is not None
+    assert rounds[0].loss is not None
     assert rounds[-1].loss < 0.9 * rounds[0].loss
     for run in ("products", "central"):
         assert saved_of(loaded, run).rounds[-1].figures["accuracy"].value > 0.7  # type: ignore[operator]
@@ -142,7 +148,7 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
-    with pytest.raises(UserError, match="is damaged.*delete it, and resume=true"):
+    with pytest.raises(UserError, match=r"is damaged.*delete it, and resume=true"):
         train_runs(loaded, plan_runs(loaded))
 
 
@@ -199,7 +205,8 @@ def test_texts_are_trained_by_clients_and_measured_in_bits_per_byte(tmp_path: Pa
     probe_runs(loaded, planned)
     train_runs(loaded, planned)
     report = build_report(loaded, planned)
-    assert report.figures == ["bits_per_byte"] and report.lower_is_better
+    assert report.figures == ["bits_per_byte"]
+    assert report.lower_is_better
 
 
 def test_clients_of_different_ranks(tmp_path: Path) -> None:
@@ -208,7 +215,9 @@ def test_clients_of_different_ranks(tmp_path: Path) -> None:
     probe_runs(loaded, planned)
     train_runs(loaded, planned)
     for run in ("products", "flora", "usual"):
-        ranks = {tensor.shape[0] for name, tensor in saved_of(loaded, run).tensors.items() if name.endswith(".A")}
+        ranks = {
+            tensor.shape[0] for name, tensor in saved_of(loaded, run).tensors.items() if name.endswith(".A")
+        }
         assert ranks == {2}
 
 
