@@ -12,10 +12,10 @@ from flora_train.federated.result_types import FederatedReport
 from .runs import StudyError
 
 GRID: Mapping[str, tuple[str, tuple[float, ...]]] = {
-    "lora": ("lr", (2e-3, 4e-3, 8e-3)),
-    "slora": ("sparse_lr", (3e-4, 1e-3, 3e-3)),
-    "flora": ("lr", (2e-2, 4e-2, 8e-2)),
-    "ia3": ("lr", (2e-2, 4e-2, 8e-2)),
+    "lora": ("lr", (4e-3, 8e-3, 1.6e-2)),
+    "slora": ("sparse_lr", (1e-3, 3e-3, 1e-2)),
+    "flora": ("lr", (4e-2, 8e-2, 1.6e-1)),
+    "ia3": ("lr", (4e-2, 8e-2, 1.6e-1)),
     "full": ("lr", (1e-4, 3e-4, 1e-3)),
 }
 """Strategy of recipe=federated_local -> the key that is chosen, and its values. The second stage of slora and
