@@ -24,6 +24,9 @@ from flora_train.training.trainer import Trainer
 
 Fact = str | int | float
 
+LONGEST_TEXT = 400
+"""Characters of what a client says that are kept."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -117,8 +120,14 @@ def update_of(client: str, spec: AdapterSpec, answer: Answer, state: GlobalState
         base=str(facts.get("base", "")),
         mask=None if mask is None else str(mask),
         loss=_finite(loss),
-        failure="" if failure is None else str(failure),
+        failure="" if failure is None else told(failure),
     )
+
+
+def told(text: object) -> str:
+    """What a client says, as one line of bounded length that can be logged."""
+    line = "".join(letter if letter.isprintable() else " " for letter in str(text)[:LONGEST_TEXT])
+    return line.strip() or "no reason is given"
 
 
 def _finite(fact: Fact | None) -> float | None:

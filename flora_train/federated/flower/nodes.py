@@ -8,10 +8,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from flora_train.config.errors import first_line, user_error
+from flora_train.config.errors import user_error
 from flora_train.federated.flower.records import facts_in
+from flora_train.federated.remote import told
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +151,7 @@ class Nodes:
     def _note(self, node: int, client: str) -> None:
         self._known.add(node)
         if client not in self.clients:
-            logger.warning(f"node {node} is ignored: this run has no client {client!r}")
+            logger.warning(f"node {node} is ignored: this run has no client {told(client)!r}")
             return
         before = self.node_of.get(client)
         if before is not None:
@@ -171,14 +173,11 @@ class Nodes:
 
 def reason_of(message: Message) -> str:
     """What an error of Flower says, in one line."""
-    text = message.error.reason or f"Flower's error {message.error.code}"
-    return first_line(RuntimeError(text))[:500]
+    return told(message.error.reason or f"Flower's error {message.error.code}")
 
 
 def _is_of_program(message: Message) -> bool:
     """Whether the client's program raised an error, and not the network."""
-    from flwr.common.constant import ErrorCode
-
     failures = (
         ErrorCode.LOAD_CLIENT_APP_EXCEPTION,
         ErrorCode.CLIENT_APP_RAISED_EXCEPTION,

@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from flora_train.config.errors import user_error
-from flora_train.federated.remote import Answer, Fact
+from flora_train.federated.remote import Answer, Fact, told
 
 VALUES, FACTS = "values", "facts"
 """Names of the records: the values of an adapter, and what is said about them."""
@@ -61,5 +61,5 @@ def unpacked(content: RecordDict) -> Answer:
     """The answer in a message. Raises UserError if it is none."""
     facts = facts_in(content)
     if ERROR in facts:
-        raise user_error("client", None, str(facts[ERROR]))
+        raise user_error("client", None, told(facts[ERROR]))
     return Answer(arrays_in(content, VALUES), facts)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
+from flora_train.config.errors import user_error
 from flora_train.config.schema import RunConfig
 from flora_train.federated.build_report import build_report, write_federated_report
 from flora_train.federated.flower.no_data import load_without_data, population_without_data
@@ -21,7 +22,7 @@ from flora_train.federated.report_terminal import print_federated
 from flora_train.federated.result_types import RoundResult
 from flora_train.federated.run import PlannedRun, is_evaluated, progress_of, result_of, saved_of
 from flora_train.federated.run_results import claim_folder, export_global, is_exported
-from flora_train.federated.saved_run import read_saved, state_path, write_saved
+from flora_train.federated.saved_run import SavedRun, read_saved, state_path, write_saved
 from flora_train.federated.stages import stages_of
 from flora_train.federated.strategy_run import round_options
 from flora_train.run_context import as_it_began, check_base, check_data, resolve_config
@@ -57,6 +58,8 @@ def serve(grid: Grid, settings: Settings) -> None:
 
 def _serve(grid: Grid, settings: Settings, config: RunConfig, folder: RunFolder, status: RunStatus) -> None:
     started = time.monotonic()
+    if status == "extended":
+        raise user_error("tasks", None, "a finished federated run takes no more tasks: start another run")
     if status != "new":
         check_base(folder, config, OriginOptions())
         config = as_it_began(config, folder)
@@ -70,9 +73,11 @@ def _serve(grid: Grid, settings: Settings, config: RunConfig, folder: RunFolder,
         loaded, planned.population, options, planned.stages, nodes=nodes, timeout=settings.round_timeout
     )
     strategy.probe()
-    nodes.wait_for(settings.federated.clients_per_round or len(nodes.clients), settings.start_timeout)
+    saved = read_saved(state_path(folder.path, planned.name))
+    if saved is None or len(saved.rounds) < planned.rounds:
+        nodes.wait_for(settings.federated.clients_per_round or len(nodes.clients), settings.start_timeout)
     claim_folder(loaded, with_data=settings.server_data)
-    _train(loaded, planned, strategy, with_scores=settings.server_data)
+    _train(loaded, planned, strategy, saved, with_scores=settings.server_data)
     if is_exported(planned.stages[-1]):
         export_global(loaded, strategy)
     report = build_report(loaded, [planned])
@@ -99,10 +104,16 @@ def _load(settings: Settings, config: RunConfig, folder: RunFolder) -> LoadedRun
     return load_without_data(config, folder, default_device())
 
 
-def _train(loaded: LoadedRun, planned: PlannedRun, strategy: FlowerRounds, *, with_scores: bool) -> None:
+def _train(
+    loaded: LoadedRun,
+    planned: PlannedRun,
+    strategy: FlowerRounds,
+    saved: SavedRun | None,
+    *,
+    with_scores: bool,
+) -> None:
     path = state_path(loaded.folder.path, planned.name)
     rounds: list[RoundResult] = []
-    saved = read_saved(path)
     if saved is not None:
         rounds = list(saved.rounds)
         strategy.restore(saved)
