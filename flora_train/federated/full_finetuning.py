@@ -7,7 +7,7 @@ one state, and the time of a round is the sum of theirs.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 
 import torch
@@ -32,12 +32,23 @@ class FullFineTuning:
             count for the base, too.
         clients: All clients.
         options: Rounds. Their algorithm, clients_at_once and failed_rounds do not count.
+        first_round: Number of the first round of this object.
+        after_step: Called after every local step; it may raise an exception to stop.
 
     Raises:
         UserError: An adapter is not of method head, or there are fewer clients than asked for.
     """
 
-    def __init__(self, trainer: Trainer, clients: Sequence[Client], options: RoundOptions) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        clients: Sequence[Client],
+        options: RoundOptions,
+        *,
+        first_round: int = 0,
+        after_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.first_round, self.after_step = first_round, after_step
         self.trainer, self.bank, self.options = trainer, trainer.bank, options
         self.clients = {client.name: client for client in clients}
         for client in clients:
@@ -47,6 +58,8 @@ class FullFineTuning:
         options.choose(self.clients, 0)
         self.head = read_values(self.bank, clients[0].adapter)
         self.records: list[RoundRecord] = []
+        self.changed: set[str] = set()
+        """Parameters of the base that are averages of clients."""
 
     def round(self) -> RoundRecord:
         """Run one round.
@@ -58,14 +71,14 @@ class FullFineTuning:
             UserError: Fewer clients than `min_clients` have weights that can be used. The model is then as
                 before the round.
         """
-        number, begun = len(self.records), time.monotonic()
+        number, begun = self.first_round + len(self.records), time.monotonic()
         start = {name: own.detach().clone() for name, own in self.trainer.model.named_parameters()}
         sums: dict[str, Tensor] = {}
         outcomes: list[ClientOutcome] = []
         for name in self.options.choose(self.clients, number):
             client = self.clients[name]
             write_values(self.bank, client.adapter, self.head)
-            training = BaseTraining(self.trainer, client)
+            training = BaseTraining(self.trainer, client, self.after_step)
             result = training.run(self.options.local, round_number=number, seed=self.options.seed)
             values = training.values()
             outcomes.append(_outcome(client, result, values))
@@ -104,6 +117,7 @@ class FullFineTuning:
         examples = sum(outcome.examples for outcome in accepted)
         means = {name: total / examples for name, total in sums.items()}
         load_base(self.trainer.model, means)
+        self.changed |= means.keys() & {name for name, _ in self.trainer.model.named_parameters()}
         self.head = self.head.map(lambda name, tensor: means[name].to(tensor))
 
 

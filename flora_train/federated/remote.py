@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from types import MappingProxyType
 from typing import Any
 
 from numpy.typing import NDArray
@@ -22,6 +23,9 @@ from flora_train.federated.updates import ClientOutcome, ClientUpdate, sort_upda
 from flora_train.training.trainer import Trainer
 
 Fact = str | int | float
+
+LONGEST_TEXT = 400
+"""Characters of what a client says that are kept."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,7 @@ def update_of(client: str, spec: AdapterSpec, answer: Answer, state: GlobalState
         raise user_error(f"{client}: examples", examples, "must be the number of its examples")
     if facts.get("method") != spec.method:
         raise user_error(f"{client}: method", facts.get("method"), f"the server expects {spec.method}")
-    mask = facts.get("mask")
-    failure = facts.get("failure")
+    mask, failure = facts.get("mask"), facts.get("failure")
     return ClientUpdate(
         client,
         spec,
@@ -116,13 +119,28 @@ def update_of(client: str, spec: AdapterSpec, answer: Answer, state: GlobalState
         values=from_arrays(answer.arrays, values_for(state, spec)),
         base=str(facts.get("base", "")),
         mask=None if mask is None else str(mask),
-        loss=float(loss) if isinstance(loss, int | float) else None,
-        failure="" if failure is None else str(failure),
+        loss=_finite(loss),
+        failure="" if failure is None else told(failure),
     )
 
 
+def told(text: object) -> str:
+    """What a client says, as one line of bounded length that can be logged."""
+    line = "".join(letter if letter.isprintable() else " " for letter in str(text)[:LONGEST_TEXT])
+    return line.strip() or "no reason is given"
+
+
+def _finite(fact: Fact | None) -> float | None:
+    return float(fact) if isinstance(fact, int | float) and isfinite(fact) else None
+
+
 def collect_answers(
-    chosen: Sequence[str], answers: Mapping[str, Answer], specs: Mapping[str, AdapterSpec], state: GlobalState
+    chosen: Sequence[str],
+    answers: Mapping[str, Answer],
+    specs: Mapping[str, AdapterSpec],
+    state: GlobalState,
+    *,
+    failed: Mapping[str, ClientOutcome] = MappingProxyType({}),
 ) -> tuple[list[ClientUpdate], list[ClientOutcome]]:
     """The usable updates of a round, and the outcome of every client: no answer stops a round.
 
@@ -131,11 +149,12 @@ def collect_answers(
         answers: Client -> what arrived from it.
         specs: Client -> its adapter, as the server knows it. Others are not known.
         state: The server's state.
+        failed: Client -> its outcome, where nothing arrived that is an answer.
 
     Returns:
         As `sort_updates`.
     """
-    updates, unreadable = [], {}
+    updates, unreadable = [], dict(failed)
     strangers = []
     for client, answer in answers.items():
         sent = sum(array.nbytes for array in answer.arrays)
