@@ -111,7 +111,7 @@ class Deployment:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
 
     def run(self, app: Path = APP, **config: str | int | float | bool) -> str:
@@ -131,7 +131,7 @@ class Deployment:
         assert found, done.stdout
         return found[1]
 
-    def wait(self, run: str, limit: float = 400.0) -> str:
+    def wait(self, run: str, limit: float = 600.0) -> str:
         """Wait for the end of a run; its status. The log is looked at, since `flwr list` takes seconds."""
         ended = re.compile(rf"Finished task \d+ of run {run}\b")
         wait_until(lambda: ended.search(self.log()) is not None, limit)
@@ -146,7 +146,7 @@ class Deployment:
         """What a process wrote."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
-    def wait_for_file(self, path: Path, limit: float = 400.0) -> None:
+    def wait_for_file(self, path: Path, limit: float = 600.0) -> None:
         """Wait until a file is there."""
         wait_until(path.exists, limit)
 

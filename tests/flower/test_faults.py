@@ -12,7 +12,7 @@ from tests.flower.runs import recipe_of, report_of, saved_of, write_recipe
 
 FAULTY = Path(__file__).parent / "faulty_app"
 NAMES = ("client_0", "client_1", "client_2", "client_3")
-ROUND = 90
+ROUND = 120
 """Seconds of a round, some of which end by it."""
 
 
@@ -58,7 +58,7 @@ def test_a_round_goes_on_without_clients_that_fail(
     )
     folder = tmp_path / "run"
     run = deployed.run(FAULTY, recipe=str(recipe), overrides=f"output_dir={folder}", round_timeout=ROUND)
-    wait_until((faults / "client_3-0-begun").exists, 170)
+    wait_until((faults / "client_3-0-begun").exists, 400)
     deployed.kill_node("client_3")
     deployed.start_node("client_3", faults=str(faults))
     assert deployed.wait(run) == "finished:completed", deployed.output(run)

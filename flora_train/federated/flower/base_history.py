@@ -138,7 +138,7 @@ def _write(weights: Mapping[str, Tensor], arrays: list[NDArray[Any]]) -> None:
     if [array.shape for array in arrays] != [tuple(own.shape) for _, own in sorted(weights.items())]:
         raise user_error("base", len(arrays), f"these are not the weights of {len(weights)} layers")
     for (_, own), array in zip(sorted(weights.items()), arrays, strict=True):
-        own.copy_(torch.from_numpy(array))
+        own.copy_(torch.tensor(array))
 
 
 def _keep(context: Context, weights: Mapping[str, Tensor], fingerprint: str) -> None:
