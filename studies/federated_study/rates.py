@@ -12,7 +12,7 @@ from flora_train.federated.result_types import FederatedReport
 from .runs import StudyError
 
 GRID: Mapping[str, tuple[str, tuple[float, ...]]] = {
-    "lora": ("lr", (4e-3, 8e-3, 1.6e-2)),
+    "lora": ("lr", (2e-3, 4e-3, 8e-3)),
     "slora": ("sparse_lr", (1e-3, 3e-3, 1e-2)),
     "flora": ("lr", (4e-2, 8e-2, 1.6e-1)),
     "ia3": ("lr", (4e-2, 8e-2, 1.6e-1)),
