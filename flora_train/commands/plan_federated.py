@@ -18,6 +18,7 @@ from flora_train.federated.population import Population
 from flora_train.federated.run import PlannedRun, federated_of, plan_runs
 from flora_train.federated.specs import client_spec
 from flora_train.federated.stages import client_specs
+from flora_train.federated.strategy_run import round_options
 from flora_train.models.loading import empty_model
 from flora_train.run_context import load_data, prepare
 from flora_train.runtime.environment import default_device
@@ -34,12 +35,16 @@ def plan_federated(config: RunConfig, folder: RunFolder) -> None:
         folder: Its folder.
 
     Raises:
-        UserError: The run would be refused for its data, its clients or its adapters.
+        UserError: The run would be refused for its data or its clients.
     """
     prepare(config, default_device())
     tokenizer, tasks, _ = load_data(config)
     loaded = LoadedRun(config, folder, tokenizer, tasks, empty_model(config.model), base="")
     planned = plan_runs(loaded)
+    for own in planned:
+        clients = [client.name for client in own.population.clients]
+        if not federated_of(loaded).strategies[own.strategy].central:
+            round_options(config, own.strategy, seed=own.seed).choose(clients, 0)
     console = Console(soft_wrap=True)
     print_lines(console, _lines(loaded, planned))
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from flora_train.config.adapter_schema import AdapterConfig
 from flora_train.config.base import ConfigModel
 from flora_train.config.errors import Problem, choices, did_you_mean
-from flora_train.config.federated_schema import FederatedConfig, StrategyConfig
+from flora_train.config.federated_schema import GLOBAL_TASK, FederatedConfig, StrategyConfig
+from flora_train.config.model_schema import ModelConfig
 from flora_train.config.task_schema import TaskConfig
 
 METHODS: Mapping[str, tuple[str, ...]] = {
@@ -21,6 +22,18 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 CHANGES_BASE = ("fedex", "full")
 """Algorithms that change the weights of the base."""
 WITH_RANKS = ("lora", "flora")
+USED: Mapping[str, tuple[str, ...]] = {
+    "evaluation": ("bootstrap_samples", "confidence"),
+    "training": (
+        "steps",
+        "tokens_per_microbatch",
+        "max_length",
+        "optimizer",
+        "betas",
+        "eps",
+    ),
+}
+"""Section -> its keys that rounds use; of other sections none."""
 UNUSED_OF_ADAPTERS: Mapping[str, str] = {
     "tasks": "every client trains the adapter: remove it",
     "init_from": "the first round begins with the initial values of federated.seeds: remove it",
@@ -39,9 +52,9 @@ def federated_problems(
     federated: FederatedConfig,
     tasks: Mapping[str, TaskConfig],
     adapters: Mapping[str, AdapterConfig],
-    unused: Mapping[str, ConfigModel],
+    sections: Mapping[str, ConfigModel],
     *,
-    quantization: str,
+    model: ModelConfig,
 ) -> list[Problem]:
     """Contradictions between federated rounds and the rest of a configuration.
 
@@ -49,8 +62,8 @@ def federated_problems(
         federated: The section.
         tasks: Of the run.
         adapters: Of the run.
-        unused: Sections that rounds do not use, by name.
-        quantization: Of the base.
+        sections: Sections of which rounds use no key, or those of USED, by name.
+        model: Of the run.
 
     Returns:
         One problem for each contradiction.
@@ -58,15 +71,20 @@ def federated_problems(
     problems = [*_of_tasks(federated, tasks), *_of_adapters(federated, adapters)]
     for name, strategy in federated.strategies.items():
         problems += _of_strategy(f"federated.strategies.{name}", strategy, adapters, federated)
-        if strategy.algorithm in CHANGES_BASE and quantization != "none":
+        if strategy.algorithm in CHANGES_BASE and model.quantization != "none":
             hint = f"cannot be changed, as algorithm={strategy.algorithm} would: use quantization=none"
-            problems.append(Problem("model.quantization", quantization, hint))
-    for section, given in unused.items():
-        default = type(given)()
-        for key in sorted(type(given).model_fields):
-            if getattr(given, key) != getattr(default, key):
-                hint = "has no effect on federated rounds: remove it"
-                problems.append(Problem(f"{section}.{key}", getattr(given, key), hint))
+            problems.append(Problem("model.quantization", model.quantization, hint))
+    if model.fsdp:
+        hint = "divides the base among processes, and federated rounds run in one: remove it"
+        problems.append(Problem("model.fsdp", True, hint))
+    for section, given in sections.items():
+        for key, field in type(given).model_fields.items():
+            value = getattr(given, key)
+            if key in USED.get(section, ()) or value == field.get_default(call_default_factory=True):
+                continue
+            problems.append(
+                Problem(f"{section}.{key}", value, "has no effect on federated rounds: remove it")
+            )
     return problems
 
 
@@ -86,6 +104,11 @@ def _of_tasks(federated: FederatedConfig, tasks: Mapping[str, TaskConfig]) -> It
                 )
                 yield Problem(f"tasks.{name}", None, hint)
     for name, task in tasks.items():
+        if name.lower() == GLOBAL_TASK:
+            yield Problem(f"tasks.{name}", None, "is what the global adapter is called: rename it")
+        if task.weight != 1.0:
+            hint = "has no effect on federated rounds, where examples are the weights of clients: remove it"
+            yield Problem(f"tasks.{name}.weight", task.weight, hint)
         if not _is_trainable(task):
             hint = "is of a kind that federated rounds do not train: labelled texts and texts are possible"
             yield Problem(f"tasks.{name}", None, hint)

@@ -131,16 +131,16 @@ class RunConfig(ConfigModel):
     def _federated_problems(self) -> list[Problem]:
         if self.federated is None:
             return []
-        unused = {
+        sections = {
+            "training": self.training,
+            "evaluation": self.evaluation,
             "mixture": self.mixture,
             "sweep": self.sweep,
             "guard": self.guard,
             "paging": self.paging,
             "tracking": self.tracking,
         }
-        return federated_problems(
-            self.federated, self.tasks, self.adapters, unused, quantization=self.model.quantization
-        )
+        return federated_problems(self.federated, self.tasks, self.adapters, sections, model=self.model)
 
     @property
     def compares_states(self) -> bool:

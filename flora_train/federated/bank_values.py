@@ -40,7 +40,7 @@ def add_to_base(bank: AdapterBank, residuals: Mapping[str, Residual]) -> None:
         layer = bank.model.get_submodule(module)
         assert isinstance(layer, AdapterLinear)
         if is_quantized(layer.base_layer):
-            raise user_error("federated.algorithm", "fedex", f"cannot change {module}, which is quantized")
+            raise user_error("algorithm", "fedex", f"cannot change {module}, which is quantized")
         weight = adapted_weight(bank, module)
         weight.add_(residual.dense().to(weight))
 

@@ -69,6 +69,7 @@ def build_report(loaded: LoadedRun, planned: Sequence[PlannedRun]) -> FederatedR
         figures=names,
         lower_is_better=names[:1] == list(OF_TEXT),
         strategies=strategies,
+        notes=_notes(planned, saved),
         differences=_differences(loaded, means, names[:1], examples),
     )
 
@@ -128,6 +129,20 @@ def _strategy(
         seeds=seeds,
         figures=intervals,
     )
+
+
+def _notes(planned: Sequence[PlannedRun], saved: Mapping[str, SavedRun]) -> list[str]:
+    """What the second stage of SLoRA does not hold of the first one's update."""
+    notes = []
+    for own in planned:
+        left_out = saved[own.name].facts.get("left_out")
+        if isinstance(left_out, float):
+            rank = own.stages[-1].spec.rank
+            notes.append(
+                f"{own.strategy}, seed {own.seed}: the second stage began with the first one's update "
+                f"but for {100 * left_out:.0f} % of its norm, which rank {rank} does not hold."
+            )
+    return notes
 
 
 def _differences(

@@ -55,8 +55,11 @@ def render_federated(report: FederatedReport) -> str:
     """
     styles = family_styles([strategy.name for strategy in report.strategies])
     keys = {name: legend_key(f"key-{i}", style) for i, (name, style) in enumerate(styles.items())}
-    leaders = ranked(report, [own for own in report.strategies if not own.central])
-    text = figure_text(report.figures[0])
+    leaders: list[StrategyResult] = []
+    text = None
+    if report.figures:
+        leaders = ranked(report, [own for own in report.strategies if not own.central])
+        text = figure_text(report.figures[0])
     incidents = list(incident_rows(report))
     content = {
         "report": report,
@@ -66,7 +69,7 @@ def render_federated(report: FederatedReport) -> str:
         "texts": [figure_text(name) for name in report.figures],
         "keys": keys,
         "best": leaders[0].name if leaders else "",
-        "rounds_plot": rounds_plot("by-round", report, styles),
+        "rounds_plot": rounds_plot("by-round", report, styles) if report.figures else None,
         "sent_plot": _sent_plot(report, styles),
         "has_sparse": _has_sparse(report),
         "conclusions": [conclusion(report, difference) for difference in report.differences],
@@ -89,7 +92,7 @@ def render_federated(report: FederatedReport) -> str:
 
 def _sent_plot(report: FederatedReport, styles: dict[str, FamilyStyle]) -> Markup | None:
     """None where no strategy sends anything."""
-    if all(strategy.central for strategy in report.strategies):
+    if not report.figures or all(strategy.central for strategy in report.strategies):
         return None
     return sent_plot("by-bytes", report, styles)
 

@@ -31,7 +31,9 @@ def summarise(report: FederatedReport) -> list[str]:
         Sentences: the best strategy, the comparison with full fine-tuning if there is one, the bytes, and
         what went wrong.
     """
-    sentences = [_best(report), _against_full(report), _cheapest(report), _failures(report)]
+    sentences = [_cheapest(report), _failures(report)]
+    if report.figures:
+        sentences = [_best(report), _against_full(report), *sentences]
     return [sentence for sentence in sentences if sentence]
 
 

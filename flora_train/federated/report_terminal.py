@@ -31,10 +31,12 @@ def print_federated(report: FederatedReport, console: Console | None = None) -> 
     counts = f"{plural(report.num_clients, 'client')}, {plural(report.rounds, 'round')}"
     console.print()
     console.print(shown(f"{report.name}: {counts}; {_reading(report)}", "bold", keep=""))
-    first, *others = [figure_text(name).name for name in report.figures]
+    headings = [figure_text(name).name for name in report.figures]
+    if headings:
+        headings[0] += f" [{100 * report.confidence:.3g}%]"
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     table.add_column("strategy")
-    for heading in (f"{first} [{100 * report.confidence:.3g}%]", *others, "MiB sent", "time"):
+    for heading in (*headings, "MiB sent", "time"):
         table.add_column(heading, justify="right")
     for strategy in report.strategies:
         table.add_row(
@@ -47,6 +49,8 @@ def print_federated(report: FederatedReport, console: Console | None = None) -> 
 
 def _reading(report: FederatedReport) -> str:
     """How the figures are to be read."""
+    if not report.figures:
+        return "no held-out examples"
     direction = "lower" if report.lower_is_better else "higher"
     unit = ", in percent" if figure_text(report.figures[0]).in_percent else ""
     return f"{direction} is better{unit}"
@@ -55,7 +59,7 @@ def _reading(report: FederatedReport) -> str:
 def _figures(report: FederatedReport, strategy: StrategyResult) -> list[str]:
     """The first figure with its interval; those of the others would not fit 80 columns."""
     cells = [ascii_figure(strategy.figures[name], figure_text(name)) for name in report.figures]
-    return [cells[0], *(cell.partition(" [")[0] for cell in cells[1:])]
+    return cells[:1] + [cell.partition(" [")[0] for cell in cells[1:]]
 
 
 def _lines_below(report: FederatedReport) -> Iterator[str]:

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.config.errors import UserError
+from flora_train.config.errors import UserError, user_error
 from flora_train.federated.fedex import Residual
 from flora_train.federated.rounds import RoundOptions, RoundRecord, ServerProgress, mean_loss
 from flora_train.federated.server import Aggregation, aggregate
@@ -17,6 +19,8 @@ from flora_train.federated.state import GlobalState
 from flora_train.federated.updates import ClientOutcome, ClientUpdate, check_enough
 
 logger = logging.getLogger(__name__)
+
+NOT_FINITE = "the average has numbers that are not finite: a client sent values that are far too large"
 
 ChangeBase = Callable[[Mapping[str, Residual]], None]
 """Adds residuals to the server's own base."""
@@ -117,16 +121,33 @@ class RoundServer:
         try:
             check_enough(accepted, outcomes, self.options.min_clients)
         except UserError as error:
-            self.progress.failures += 1
-            if self.progress.failures > self.options.failed_rounds:
-                raise
-            return None, str(error)
+            return None, self._failed(error)
         aggregation = aggregate(self.state, accepted, self.options.algorithm)
+        if problem := _not_finite(aggregation.state):
+            return None, self._failed(user_error("updates", problem, NOT_FINITE))
         self.change_base(aggregation.state.residuals)
         self.state = aggregation.state
         for client in self.progress.unseen:
             self.progress.unseen[client] += self.state.residual_bytes
         return aggregation, ""
+
+    def _failed(self, error: UserError) -> str:
+        """Count a round that changes nothing; its reason. Raises the error if there are too many of them."""
+        self.progress.failures += 1
+        if self.progress.failures > self.options.failed_rounds:
+            raise error
+        return str(error)
+
+
+def _not_finite(state: GlobalState) -> str | None:
+    """The first parameter, or layer of the base, that has numbers that are not finite; None without any."""
+    for name, tensor in state.values.tensors():
+        if not torch.isfinite(tensor).all():
+            return name
+    for module, residual in state.residuals.items():
+        if not all(torch.isfinite(tensor).all() for tensor in residual.tensors):
+            return module
+    return None
 
 
 def _largest(aggregation: Aggregation | None) -> float | None:

@@ -103,7 +103,7 @@ def _train_run(
     rounds: list[RoundResult] = []
     if saved is not None:
         rounds = list(saved.rounds)
-        strategy.restore(saved)
+        strategy.resume_from(saved)
 
     def stop_if_told() -> None:
         if signals.stop_requested:

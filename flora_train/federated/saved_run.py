@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,6 +19,8 @@ from flora_train.runtime.atomic import write_atomically
 from flora_train.runtime.checksum import DamagedError, check_regular, damaged_file, verify, with_checksums
 
 STATE_FILE = "state.safetensors"
+ROUNDS = "rounds.json"
+"""Name of the tensor that holds the results of all rounds as bytes: a header is limited to 100 MB."""
 FOLDER = "federated"
 """In the run folder; it has a folder for each strategy and seed."""
 
@@ -40,9 +43,11 @@ def state_path(run_folder: Path, run: str) -> Path:
 
 def write_saved(path: Path, saved: SavedRun) -> None:
     """Replace the file. Raises UserError if the disk is full; the previous one remains."""
-    content = {"rounds": [own.model_dump(mode="json") for own in saved.rounds], "facts": saved.facts}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}
-    header = with_checksums(tensors, json.dumps(content, allow_nan=False))
+    rounds = [own.model_dump(mode="json") for own in saved.rounds]
+    text = json.dumps(rounds, allow_nan=False).encode()
+    tensors[ROUNDS] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    header = with_checksums(tensors, json.dumps(saved.facts, allow_nan=False))
     write_atomically(path, lambda temporary: save_file(tensors, temporary, header))
 
 
@@ -57,9 +62,9 @@ def read_saved(path: Path) -> SavedRun | None:
                 header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             verify(header, tensors)
-            content = json.loads(header["facts"])
-            rounds = [RoundResult.model_validate(own) for own in content["rounds"]]
-            return SavedRun(rounds, tensors, content["facts"])
+            rounds = json.loads(tensors.pop(ROUNDS).numpy().tobytes())
+            results = [RoundResult.model_validate(own) for own in rounds]
+            return SavedRun(results, tensors, json.loads(header["facts"]))
     except DamagedError as error:
         hint = f"is damaged ({error}): delete it, and resume=true runs this strategy from its first round"
         raise user_error(str(path), None, hint) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from flora_train.adapters.spec import AdapterSpec, make_spec
@@ -45,6 +45,8 @@ def stages_of(config: RunConfig, run: str, labels: LabelSpec | None) -> list[Sta
     strategy = federated.strategies[name]
     entry = config.adapters[strategy.adapter]
     spec = make_spec(GLOBAL_TASK, run, entry, default_steps=local_steps_of(config, strategy), labels=labels)
+    # Initial values and dropout are the same for all strategies that train this entry.
+    spec = replace(spec, seeds_of=strategy.adapter)
     if strategy.central:
         algorithm = "full" if strategy.algorithm == "full" else "factor_mean"
         return [Stage("central", spec, algorithm, 0, 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from flora_train.adapters.pool import Pool
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.config.federated_schema import GLOBAL_TASK
+from flora_train.config.federated_schema import DEFAULT_CLIENTS, GLOBAL_TASK
 from flora_train.config.json_format import JsonObject
 from flora_train.config.schema import RunConfig
 from flora_train.federated.bank_values import adapted_weight, adapted_weights, read_values
@@ -31,6 +32,8 @@ from flora_train.federated.state import GlobalState, initial_state
 from flora_train.federated.values import AdapterValues
 from flora_train.training.heldout import evaluate_heldout
 from flora_train.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 VALUES, BASE = "values.", "base."
 """Prefixes of saved tensors: those of the global adapter, and weights of the base that rounds changed."""
@@ -82,7 +85,7 @@ class StrategyRun(ABC):
         """What is saved beside them."""
 
     @abstractmethod
-    def restore(self, saved: SavedRun) -> None:
+    def resume_from(self, saved: SavedRun) -> None:
         """Continue after the rounds that were saved."""
 
     def probe(self) -> None:
@@ -108,22 +111,24 @@ class StrategyRun(ABC):
         """How good the global adapter is on all held-out examples: one client's after the other's, where each
         has a task of its own."""
         trainer, bank = self.trainer, self.trainer.bank
-        adapters = {GLOBAL_TASK: self.global_adapter}
         self.load_global(self.global_adapter)
+        tasks = [self.population.tasks[GLOBAL_TASK]]
         if not self.population.shares_heldout:
-            adapters = {spec.task: spec.name for spec in bank.specs if spec.task != GLOBAL_TASK}
-            for adapter in adapters.values():
-                self.load_global(adapter)
-        results = evaluate_heldout(
-            trainer.row_losses,
-            bank,
-            [self.population.tasks[task] for task in adapters],
-            max_tokens=2 * trainer.config.training.tokens_per_microbatch,
-            pad_token=trainer.context.pad_token,
-            with_test=True,
-            collate=trainer.context.collate,
-        )
-        return scores_of([(results[task], bank.id_of(adapter)) for task, adapter in adapters.items()])
+            own_tasks = [self.population.tasks[client.name] for client in self.population.clients]
+            tasks = [replace(task, name=GLOBAL_TASK) for task in own_tasks]
+        results = []
+        for task in tasks:
+            heldout = evaluate_heldout(
+                trainer.row_losses,
+                bank,
+                [task],
+                max_tokens=2 * trainer.config.training.tokens_per_microbatch,
+                pad_token=trainer.context.pad_token,
+                with_test=True,
+                collate=trainer.context.collate,
+            )
+            results.append((heldout[GLOBAL_TASK], bank.id_of(self.global_adapter)))
+        return scores_of(results)
 
     def _clients(self, specs: Mapping[str, AdapterSpec]) -> list[Client]:
         data = self.population.clients
@@ -189,7 +194,7 @@ class AdapterRounds(StrategyRun):
             **asdict(self.engine.progress),
         }
 
-    def restore(self, saved: SavedRun) -> None:
+    def resume_from(self, saved: SavedRun) -> None:
         facts: Mapping[str, Any] = saved.facts
         self.left_out = facts["left_out"]
         self._enter(facts["stage"])
@@ -246,6 +251,10 @@ class AdapterRounds(StrategyRun):
             first, self._pool(), self.stage.spec, seed=self.options.seed, weight_of=self._weight_of
         )
         self.left_out = second.relative_error
+        logger.info(
+            f"{self.stage.spec.family}: the second stage begins with the first one's update but for "
+            f"{100 * second.relative_error:.0f} % of its norm: rank {self.stage.spec.rank} holds no more"
+        )
         self._begin(second.state, ServerProgress(self.stage.first_round, failures))
 
     def _weight_of(self, module: str) -> Tensor:
@@ -293,9 +302,10 @@ class FullRounds(StrategyRun):
         return found | {f"{BASE}{name}": weight for name, weight in self._changed().items()}
 
     def facts(self) -> JsonObject:
-        return {"round": self.rounds.first_round + len(self.rounds.records)}
+        done = self.rounds.first_round + len(self.rounds.records)
+        return {"round": done, "failures": self.rounds.failures}
 
-    def restore(self, saved: SavedRun) -> None:
+    def resume_from(self, saved: SavedRun) -> None:
         weights = {}
         for name, tensor in saved.tensors.items():
             if name.startswith(BASE):
@@ -303,16 +313,17 @@ class FullRounds(StrategyRun):
         load_base(self.trainer.model, weights)
         facts: Mapping[str, Any] = saved.facts
         head: AdapterValues = self.rounds.head
-        self._begin(facts["round"])
+        self._begin(facts["round"], facts["failures"])
         self.rounds.changed = set(weights)
         self.rounds.head = head.map(lambda name, own: saved.tensors[f"{VALUES}{name}"].to(own))
 
-    def _begin(self, first_round: int) -> None:
+    def _begin(self, first_round: int, failures: int = 0) -> None:
         self.rounds = FullFineTuning(
             self.trainer,
             self._clients(self._specs),
             self.options,
             first_round=first_round,
+            failures=failures,
             after_step=lambda: self.after_step(),
         )
 
@@ -359,8 +370,11 @@ def round_options(config: RunConfig, strategy: str, *, seed: int) -> RoundOption
     steps = local_steps_of(config, federated.strategies[strategy])
     local = LocalSteps(batch_examples=federated.batch_examples, steps=steps)
     if federated.local_epochs is not None:
-        epochs = federated.local_epochs * (federated.rounds if central else 1)
-        local = LocalSteps(batch_examples=federated.batch_examples, epochs=epochs)
+        passes = float(federated.local_epochs)
+        if central:
+            clients = federated.num_clients or DEFAULT_CLIENTS
+            passes *= federated.rounds * (federated.clients_per_round or clients) / clients
+        local = LocalSteps(batch_examples=federated.batch_examples, epochs=max(1, round(passes)))
     if central:
         return RoundOptions(local=local, seed=seed)
     return RoundOptions(

@@ -76,7 +76,8 @@ def regime(run: StudyRun) -> str:
         f"This holds for {report.model.rsplit('/', 1)[-1]}, {report.num_clients} clients of which "
         f"{report.clients_per_round} take part in a round, {report.rounds} rounds of {report.local}, "
         f"{report.heldout_examples:,} test texts and {seeds} seeds; learning rates were chosen on "
-        "development texts."
+        "development texts at alpha 0.1 with few rounds and one seed, and are the same for all alphas; those "
+        "of heads and of the second stage of SLoRA were not searched."
     )
 
 

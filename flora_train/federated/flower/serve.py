@@ -116,7 +116,7 @@ def _train(
     rounds: list[RoundResult] = []
     if saved is not None:
         rounds = list(saved.rounds)
-        strategy.restore(saved)
+        strategy.resume_from(saved)
         logger.info(f"{len(rounds)} of {planned.rounds} rounds are saved")
     while len(rounds) < planned.rounds:
         record = strategy.round()

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from flora_train.federated.report_html import render_federated
 from flora_train.federated.report_page import write_page
 from flora_train.federated.report_plots import round_points
 from flora_train.federated.report_summary import summarise
 from flora_train.federated.report_tables import distributions, evenly, mebibytes, population_facts, round_maps
+from flora_train.federated.report_terminal import print_federated
 from flora_train.federated.result_types import FederatedReport, Incident
 from tests.unit.federated.reports import federated_report, with_incidents
 
@@ -266,3 +268,15 @@ def test_page_is_not_wider_than_its_window(width: int, tmp_path: Path) -> None:
     found = re.search(r"<title>(\d+) of (\d+)</title>", done.stdout)
     assert found is not None, done.stdout[:500]
     assert int(found[1]) <= int(found[2])
+
+
+def test_page_of_a_server_without_held_out_examples() -> None:
+    report = federated_report()
+    bare = report.replace(figures=[], differences=[])
+    page = render_federated(bare)
+    assert "No adapter was evaluated" in page
+    assert 'id="by-client"' not in page
+    assert 'id="strategies"' in page
+    console = Console(record=True, width=80)
+    print_federated(bare, console)
+    assert "no held-out examples" in console.export_text()

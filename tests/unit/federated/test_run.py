@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from flora_train.config.errors import UserError
 from flora_train.config.load import validate
 from flora_train.federated.build_report import build_report
 from flora_train.federated.loaded import LoadedRun
+from flora_train.federated.local_training import LocalResult
 from flora_train.federated.population import make_population
 from flora_train.federated.run import PlannedRun, plan_runs, probe_runs, train_runs
 from flora_train.federated.saved_run import SavedRun, read_saved, state_path
-from flora_train.federated.strategy_run import StrategyRun
+from flora_train.federated.strategy_run import StrategyRun, round_options
 from flora_train.runtime.signals import Interrupted, StopSignals
 from tests.unit.federated.runs import STRATEGIES, load, load_small, raw_config
 
@@ -161,7 +163,7 @@ def test_fewer_usable_updates_than_needed_end_the_run_and_keep_its_rounds(
 
     def with_loss(self: PlannedRun, loaded: LoadedRun) -> StrategyRun:
         strategy = opened(self, loaded)
-        simulation = strategy.simulation  # type: ignore[attr-defined]
+        simulation = strategy.engine  # type: ignore[attr-defined]
         simulation.deliver = lambda update: None if simulation.progress.round == 1 else update
         return strategy
 
@@ -242,3 +244,94 @@ def test_more_clients_than_examples_are_refused(tmp_path: Path) -> None:
     loaded = load_small(tmp_path, ["ia3"], num_clients=49)
     with pytest.raises(UserError, match=r"federated.num_clients = 49: there are 48 examples"):
         plan_runs(loaded)
+
+
+def test_strategies_with_one_adapter_begin_with_the_same_values(tmp_path: Path) -> None:
+    """Also with another list of seeds, so that a run with one of them alone is the same."""
+    digests = set()
+    for number, seeds in enumerate(([1], [1, 2])):
+        loaded = load_small(tmp_path / str(number), ["usual", "products", "fedex"], seeds=seeds)
+        for planned in plan_runs(loaded):
+            if planned.seed == 1:
+                state = planned.open(loaded).engine.state  # type: ignore[attr-defined]
+                digests.add(state.values.digest())
+    assert len(digests) == 1
+
+
+def test_clients_of_lower_rank_are_measured_with_the_whole_adapter(tmp_path: Path) -> None:
+    """Held-out examples of tasks that are clients meet the adapter that is exported."""
+    raw = raw_config(tmp_path, ["products"])
+    kind = raw["tasks"]["kind"]
+    raw["tasks"] = {name: {**kind, "labels": ["fruit", "metal"]} for name in ("one", "two")}
+    changes = {"split": "tasks", "num_clients": None, "dirichlet_alpha": None, "client_ranks": [1, 2]}
+    raw["federated"] = {**raw["federated"], **changes}
+    loaded = load(validate(raw))
+    (planned,) = plan_runs(loaded)
+    strategy = planned.open(loaded)
+    strategy.round()
+    scores = strategy.scores()
+    half = len(scores.numerators) // 2
+    assert scores.predictions[:half].tolist() == scores.predictions[half:].tolist()
+
+
+def test_an_average_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+    loaded = load_small(tmp_path, ["products"], failed_rounds=1)
+    (planned,) = plan_runs(loaded)
+    strategy = planned.open(loaded)
+    simulation = strategy.engine  # type: ignore[attr-defined]
+    before = simulation.state.values.digest()
+    simulation.deliver = lambda update: replace(
+        update, values=update.values.map(lambda name, tensor: torch.full_like(tensor, 3e38))
+    )
+    record = strategy.round()
+    assert "not finite" in record.failure
+    assert simulation.state.values.digest() == before
+    with pytest.raises(UserError, match="not finite"):
+        strategy.round()
+
+
+def test_bad_rounds_of_full_fine_tuning_count_as_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_small(tmp_path, ["full"], failed_rounds=1)
+    (planned,) = plan_runs(loaded)
+    strategy = planned.open(loaded)
+    before = {name: own.clone() for name, own in strategy.trainer.model.named_parameters()}
+    monkeypatch.setattr(LocalResult, "failure", "no finite step")
+    assert "have weights that can be used" in strategy.round().failure
+    for name, own in strategy.trainer.model.named_parameters():
+        assert torch.equal(own, before[name])
+    assert strategy.facts() == {"round": 1, "failures": 1}
+    with pytest.raises(UserError, match="have weights that can be used"):
+        strategy.round()
+
+
+def test_central_training_takes_the_passes_of_all_rounds_together(tmp_path: Path) -> None:
+    raw = raw_config(tmp_path, ["central"], local_epochs=2, clients_per_round=1, rounds=4)
+    options = round_options(validate(raw), "central", seed=0)
+    assert options.local.epochs == 2  # 4 rounds, 2 passes, a quarter of the clients
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("training", "save_every", 7),
+        ("training", "tokens_per_step", 512),
+        ("evaluation", "interval", 3),
+        ("evaluation", "select_best", False),
+        ("model", "fsdp", True),
+        ("guard", "policy", "rollback"),
+    ],
+)
+def test_settings_without_effect_are_refused(section: str, key: str, value: object, tmp_path: Path) -> None:
+    raw = raw_config(tmp_path, ["ia3"])
+    raw.setdefault(section, {})[key] = value
+    with pytest.raises(UserError, match=rf"{section}\.{key}"):
+        validate(raw)
+
+
+def test_a_task_is_not_called_as_the_global_adapter(tmp_path: Path) -> None:
+    raw = raw_config(tmp_path, ["ia3"])
+    raw["tasks"] = {"global": raw["tasks"]["kind"]}
+    with pytest.raises(UserError, match=r"tasks\.global.*rename it"):
+        validate(raw)
