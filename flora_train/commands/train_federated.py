@@ -96,5 +96,5 @@ def _export(loaded: LoadedRun, planned: PlannedRun) -> None:
     saved = read_saved(state_path(loaded.folder.path, planned.name))
     assert saved is not None
     strategy = planned.open(loaded)
-    strategy.restore(saved)
+    strategy.resume_from(saved)
     export_global(loaded, strategy)

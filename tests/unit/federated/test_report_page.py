@@ -271,7 +271,7 @@ def test_page_is_not_wider_than_its_window(width: int, tmp_path: Path) -> None:
 
 
 def test_page_of_a_server_without_held_out_examples() -> None:
-    report = federated_report()
+    report = federated_report(SIX)
     bare = report.replace(figures=[], differences=[])
     page = render_federated(bare)
     assert "No adapter was evaluated" in page

@@ -312,7 +312,7 @@ def test_bad_clients_are_refused_before_training(tmp_path: Path, clients: Any, m
 
 @pytest.mark.parametrize("steps", [{"batch_examples": 0}, {"epochs": 0}, {"steps": 0}, {"steps": 10**6}])
 def test_local_steps_are_at_least_one(steps: dict[str, int]) -> None:
-    with pytest.raises(UserError, match=r"federated\.(local_)?\w+ = \d+: must be"):
+    with pytest.raises(UserError, match=r"(federated\.\w+|training\.steps) = \d+: must be"):
         LocalSteps(**steps)
 
 
