@@ -66,7 +66,7 @@ clinical: $(INSTALLED) $(MINILM)  ## build an encoder, diagnoses and e-mails, tr
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=clinical resume=true $(ARGS)
 	for method in baselines gated full "adapters outputs/clinical" "table outputs/clinical"; do HF_HUB_OFFLINE=1 $(BIN)/python studies/clinical.py $$method || exit 1; done
 
-routed-local: $(INSTALLED) $(MODEL)  ## build texts of nine languages, train shared, routed and gated adapters on their mixture (15 minutes), and compare them
+routed-local: $(INSTALLED) $(MODEL)  ## build texts of nine languages, train shared, routed and gated adapters on their mixture (about 40 minutes on two cores), and compare them
 	$(BIN)/python assets/build_many_languages.py
 	$(BIN)/python assets/build_routed_mixture.py
 	for recipe in routed_members_local routed_local gates_local; do HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=$$recipe resume=true || exit 1; done
