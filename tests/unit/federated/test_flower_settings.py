@@ -175,6 +175,13 @@ def test_other_examples_have_another_digest(tmp_path: Path) -> None:
     check_same(node, {RECIPE: server[RECIPE]}, "this node")  # the server has no data
 
 
+def test_the_document_names_the_app_of_an_installed_wheel() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    shipped = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]["launch"]
+    assert APP.relative_to(ROOT / "launch").as_posix() == "flower/pyproject.toml"
+    assert f"`{shipped}/flower`" in (ROOT / "docs" / "federated_flower.md").read_text()
+
+
 def test_only_the_package_for_flower_imports_it() -> None:
     importing = set()
     for path in (ROOT / "flora_train").rglob("*.py"):
