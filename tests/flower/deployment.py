@@ -206,7 +206,7 @@ def end(process: subprocess.Popen[bytes], number: int) -> None:
     """Signal a process with all that it started, and wait for its end."""
     if process.poll() is None:
         os.killpg(process.pid, number)
-    process.wait(timeout=PATIENCE)
+    process.wait(timeout=120)
 
 
 @contextmanager
