@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
+from flora_train.config.errors import UserError
 from flora_train.federated.fedex import Residual
 from flora_train.federated.flower.base_history import BASE, RESIDUALS, WEIGHTS, BaseHistory
+from flora_train.federated.flower.client_round import train_client
 from flora_train.federated.flower.nodes import Nodes
 from flora_train.federated.flower.recipe_digest import DATA, RECIPE
 from flora_train.federated.flower.records import FACTS, VALUES, arrays_in
@@ -20,6 +22,7 @@ from flora_train.federated.flower.remote_rounds import Limits, RemoteRounds
 from flora_train.federated.simulation import Simulation
 from tests.flower.clock import Clock
 from tests.flower.network import Network, node_of
+from tests.flower.runs import recipe_of, write_recipe
 from tests.unit.federated.harness import NAMES, SIZES, make_simulation
 
 DIGESTS: dict[str, str | list[str]] = {RECIPE: "1" * 64, DATA: "2" * 64}
@@ -119,6 +122,21 @@ def test_a_node_with_another_recipe_or_other_examples_is_excluded(
     assert f"{name}: {hint}" in outcomes[0].reason
     assert "the client has 333333333333" in outcomes[0].reason
     assert "the client has none" in outcomes[1].reason
+
+
+def test_a_node_trains_nothing_for_a_server_with_another_recipe(material: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_of(material, {"adapter": "lora"}))
+    options = {
+        "recipe": str(recipe),
+        "overrides": f"output_dir={tmp_path / 'run'}",
+        "strategy": "",
+        "seed": -1,
+    }
+    limits = {"round-timeout": 600, "start-timeout": 300, "server-data": True}
+    context = Context(1, 1, {"client": "client_0"}, RecordDict(), {**options, **limits})
+    facts = ConfigRecord({"client": "client_0", RECIPE: "0" * 64})
+    with pytest.raises(UserError, match=r"recipe: the recipes differ in .*this node has [0-9a-f]{12}"):
+        train_client("client_0", RecordDict({FACTS: facts}), context)
 
 
 def test_a_round_waits_for_its_clients(clock: Clock, tmp_path: Path) -> None:
