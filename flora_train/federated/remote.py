@@ -11,6 +11,7 @@ from math import isfinite
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from flora_train.adapters.spec import AdapterSpec
@@ -26,6 +27,10 @@ Fact = str | int | float
 
 LONGEST_TEXT = 400
 """Characters of what a client says that are kept."""
+MOST_EXAMPLES = 10**9
+"""The largest number of examples that a client may state where the server does not know it."""
+LARGEST_LOSS = 1e6
+"""A mean loss beyond it counts as missing, so that one client does not hide those of the others."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,9 @@ def answer_of(
     return Answer(to_arrays(read_values(trainer.bank, client.adapter)), facts)
 
 
-def update_of(client: str, spec: AdapterSpec, answer: Answer, state: GlobalState) -> ClientUpdate:
+def update_of(
+    client: str, spec: AdapterSpec, answer: Answer, state: GlobalState, *, known_examples: int | None = None
+) -> ClientUpdate:
     """The update in a client's answer, which `sort_updates` then accepts or excludes.
 
     Args:
@@ -98,17 +105,26 @@ def update_of(client: str, spec: AdapterSpec, answer: Answer, state: GlobalState
         spec: Its adapter, as the server knows it.
         answer: That arrived.
         state: The server's state.
+        known_examples: The number of its examples, where the server knows it. Otherwise that which it states
+            is trusted, up to MOST_EXAMPLES: it is the client's weight in averages.
 
     Returns:
         The update.
 
     Raises:
-        UserError: The answer has another number of tensors, or facts that are not what they should be.
+        UserError: The answer has another number of tensors, states more examples than there are, or facts
+            that are not what they should be.
     """
     facts = answer.facts
     examples, loss = facts.get("examples"), facts.get("loss")
-    if not isinstance(examples, int):
+    if not isinstance(examples, int) or isinstance(examples, bool):
         raise user_error(f"{client}: examples", examples, "must be the number of its examples")
+    if known_examples is not None and examples > known_examples:
+        hint = f"are more than the {known_examples:,} that the server's data has for this client"
+        raise user_error(f"{client}: examples", examples, hint)
+    if examples > MOST_EXAMPLES:
+        hint = f"are more than {MOST_EXAMPLES:,}, the most that a client may state"
+        raise user_error(f"{client}: examples", examples, hint)
     if facts.get("method") != spec.method:
         raise user_error(f"{client}: method", facts.get("method"), f"the server expects {spec.method}")
     mask, failure = facts.get("mask"), facts.get("failure")
@@ -119,9 +135,15 @@ def update_of(client: str, spec: AdapterSpec, answer: Answer, state: GlobalState
         values=from_arrays(answer.arrays, values_for(state, spec)),
         base=str(facts.get("base", "")),
         mask=None if mask is None else str(mask),
-        loss=_finite(loss),
+        loss=_usable_loss(loss),
         failure="" if failure is None else told(failure),
+        received=bytes_of(answer),
     )
+
+
+def bytes_of(answer: Answer) -> int:
+    """Bytes of the arrays of an answer, as they arrived."""
+    return sum(array.nbytes for array in answer.arrays if isinstance(array, np.ndarray))
 
 
 def told(text: object) -> str:
@@ -130,8 +152,12 @@ def told(text: object) -> str:
     return line.strip() or "no reason is given"
 
 
-def _finite(fact: Fact | None) -> float | None:
-    return float(fact) if isinstance(fact, int | float) and isfinite(fact) else None
+def _usable_loss(fact: Fact | None) -> float | None:
+    if isinstance(fact, bool) or not isinstance(fact, int | float):
+        return None
+    if not abs(fact) <= LARGEST_LOSS:  # NaN, too
+        return None
+    return float(fact)
 
 
 def collect_answers(
@@ -141,6 +167,7 @@ def collect_answers(
     state: GlobalState,
     *,
     failed: Mapping[str, ClientOutcome] = MappingProxyType({}),
+    known_examples: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[list[ClientUpdate], list[ClientOutcome]]:
     """The usable updates of a round, and the outcome of every client: no answer stops a round.
 
@@ -150,6 +177,7 @@ def collect_answers(
         specs: Client -> its adapter, as the server knows it. Others are not known.
         state: The server's state.
         failed: Client -> its outcome, where nothing arrived that is an answer.
+        known_examples: Client -> the number of its examples, of those where the server knows it.
 
     Returns:
         As `sort_updates`.
@@ -157,15 +185,19 @@ def collect_answers(
     updates, unreadable = [], dict(failed)
     strangers = []
     for client, answer in answers.items():
-        sent = sum(array.nbytes for array in answer.arrays)
+        sent = bytes_of(answer)
         if client not in chosen or client not in specs:
             reason = "it was not chosen for this round"
             strangers.append(ClientOutcome(client, "excluded", reason, bytes_up=sent))
             continue
+        known = known_examples.get(client)
         try:
-            updates.append(update_of(client, specs[client], answer, state))
+            updates.append(update_of(client, specs[client], answer, state, known_examples=known))
         except UserError as error:
-            unreadable[client] = ClientOutcome(client, "excluded", str(error), bytes_up=sent)
+            unreadable[client] = ClientOutcome(client, "excluded", told(error), bytes_up=sent)
+        except Exception as error:  # whatever a client sends, the round goes on with the others
+            reason = f"its answer cannot be read ({type(error).__name__})"
+            unreadable[client] = ClientOutcome(client, "excluded", reason, bytes_up=sent)
     expected = {client: expected_of(state, specs[client]) for client in chosen}
     accepted, outcomes = sort_updates(chosen, updates, expected, unreadable=unreadable)
     return accepted, outcomes + strangers

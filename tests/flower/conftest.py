@@ -8,8 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from flora_train.runtime.logging import stop_logging
 from tests.encoders import labelled_rows, save_encoder, write_rows
+from tests.flower.clock import Clock
 from tests.flower.deployment import Deployment, deployment
+
+HAS_FLOWER = find_spec("flwr") is not None
+collect_ignore = [] if HAS_FLOWER else ["test_nodes.py", "test_remote_rounds.py"]
+"""Files that import Flower, which cannot even be read without it. The others say that it is missing."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -21,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _installed() -> None:
-    if find_spec("flwr") is None:
+    if not HAS_FLOWER:
         pytest.fail("flwr is not installed: run make test-flower")
 
 
@@ -41,3 +47,18 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     folder = tmp_path_factory.mktemp("deployment")
     with deployment(folder, ["client_0", "client_1", "client_2"]) as own:
         yield own
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of `Nodes`, in a process with the numbers that Flower gives, whose log is captured."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from flora_train.federated.flower import nodes
+
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    own = Clock()
+    monkeypatch.setattr(nodes, "time", own)
+    stop_logging()
+    return own

@@ -22,6 +22,9 @@ ROOT = Path(__file__).parents[2]
 APP = ROOT / "launch" / "flower"
 BIN = Path(sys.executable).parent
 TLS_FILES = ("ca.crt", "server.pem", "server.key")
+PATIENCE = 900
+"""Seconds for what has to happen: a start, or a round in which all clients answer. On a busy machine a
+process needs minutes to load; on a free one nothing waits so long."""
 
 
 def free_port() -> int:
@@ -77,7 +80,7 @@ class Deployment:
         self.link = self._start("superlink", ["flower-superlink", *tls, *address, *flags])
         scheme = "http" if self.certificates is None else "https"
         verify = True if self.certificates is None else str(self.certificates / TLS_FILES[0])
-        wait_until(lambda: self._answers(f"{scheme}://127.0.0.1:{self.port}/health", verify), 60.0)
+        wait_until(lambda: self._answers(f"{scheme}://127.0.0.1:{self.port}/health", verify), PATIENCE)
 
     def start_node(
         self, client: str, *flags: str, name: str | None = None, cwd: Path | None = None, **config: str
@@ -111,12 +114,13 @@ class Deployment:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=PATIENCE,
         )
 
     def run(self, app: Path = APP, **config: str | int | float | bool) -> str:
         """`flwr run`; the id of the run. config: of the run, with `_` for `-`."""
-        words = [f"{key.replace('_', '-')}={json.dumps(value)}" for key, value in config.items()]
+        given = {"start_timeout": PATIENCE, **config}
+        words = [f"{key.replace('_', '-')}={json.dumps(value)}" for key, value in given.items()]
         done = self.flwr("run", str(app), "own", "--run-config", " ".join(words), "--format", "json")
         assert done.returncode == 0, done.stdout + done.stderr
         found = re.search(r'"run-id": "(\d+)"', done.stdout)
@@ -131,7 +135,7 @@ class Deployment:
         assert found, done.stdout
         return found[1]
 
-    def wait(self, run: str, limit: float = 600.0) -> str:
+    def wait(self, run: str, limit: float = 3 * PATIENCE) -> str:
         """Wait for the end of a run; its status. The log is looked at, since `flwr list` takes seconds."""
         ended = re.compile(rf"Finished task \d+ of run {run}\b")
         wait_until(lambda: ended.search(self.log()) is not None, limit)
@@ -146,7 +150,7 @@ class Deployment:
         """What a process wrote."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
-    def wait_for_file(self, path: Path, limit: float = 600.0) -> None:
+    def wait_for_file(self, path: Path, limit: float = PATIENCE) -> None:
         """Wait until a file is there."""
         wait_until(path.exists, limit)
 
@@ -202,7 +206,7 @@ def end(process: subprocess.Popen[bytes], number: int) -> None:
     """Signal a process with all that it started, and wait for its end."""
     if process.poll() is None:
         os.killpg(process.pid, number)
-    process.wait(timeout=30)
+    process.wait(timeout=120)
 
 
 @contextmanager

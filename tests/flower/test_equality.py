@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.flower.deployment import Deployment
+from tests.flower.deployment import PATIENCE, Deployment
 from tests.flower.runs import (
     assert_alike,
     recipe_of,
@@ -25,14 +25,18 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "flora": {"strategy": {"adapter": "flora"}, "clients_per_round": 2},
     "fedex": {"strategy": {"adapter": "lora", "algorithm": "fedex"}, "clients_per_round": 2, "rounds": 3},
 }
+"""A round waits for all of its clients, since the simulation has no absent ones (`min_clients`)."""
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_flower_gives_the_adapter_of_the_simulation(
     clients: Deployment, material: Path, tmp_path: Path, name: str
 ) -> None:
-    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_of(material, **STRATEGIES[name]))
-    run = clients.run(recipe=str(recipe), overrides=f"output_dir={tmp_path / 'flower'}", round_timeout=170)
+    options = {"min_clients": STRATEGIES[name].get("clients_per_round", 3), **STRATEGIES[name]}
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_of(material, **options))
+    run = clients.run(
+        recipe=str(recipe), overrides=f"output_dir={tmp_path / 'flower'}", round_timeout=PATIENCE
+    )
     status = clients.wait(run)
     assert status == "finished:completed", clients.output(run)
     local = run_locally(recipe, tmp_path / "local")

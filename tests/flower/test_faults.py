@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.flower.deployment import Deployment, wait_until
+from tests.flower.deployment import PATIENCE, Deployment, wait_until
 from tests.flower.runs import recipe_of, report_of, saved_of, write_recipe
 
 FAULTY = Path(__file__).parent / "faulty_app"
 NAMES = ("client_0", "client_1", "client_2", "client_3")
-ROUND = 120
-"""Seconds of a round, some of which end by it."""
+ROUND = 240
+"""Seconds of a round. The first one ends by them, since one client is slow and one is killed; in the others
+four clients load and answer at a time, and sooner."""
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +44,15 @@ def plan(deployed: Deployment, faults: dict[str, str]) -> Path:
 def test_a_round_goes_on_without_clients_that_fail(
     deployed: Deployment, material: Path, tmp_path: Path
 ) -> None:
-    """One sends NaN, one is slow, one is killed and returns; in the next round one sends another shape."""
+    """One sends NaN, one is slow, one is killed and returns; in the next round one sends another shape, and
+    one an archive instead of an array."""
     faults = plan(
         deployed,
         {
             "client_0-0": "nan",
             "client_2-0": f"slow {ROUND}",
             "client_3-0": "sleep",
+            "client_0-1": "archive",
             "client_1-1": "shape",
         },
     )
@@ -58,7 +61,7 @@ def test_a_round_goes_on_without_clients_that_fail(
     )
     folder = tmp_path / "run"
     run = deployed.run(FAULTY, recipe=str(recipe), overrides=f"output_dir={folder}", round_timeout=ROUND)
-    wait_until((faults / "client_3-0-begun").exists, 400)
+    wait_until((faults / "client_3-0-begun").exists, PATIENCE)
     deployed.kill_node("client_3")
     deployed.start_node("client_3", faults=str(faults))
     assert deployed.wait(run) == "finished:completed", deployed.output(run)
@@ -73,6 +76,9 @@ def test_a_round_goes_on_without_clients_that_fail(
     shape = {own.client: own for own in second.incidents}["client_1"]
     assert shape.status == "excluded"
     assert "has shape" in shape.reason
+    archive = {own.client: own for own in second.incidents}["client_0"]
+    assert archive.status == "excluded"
+    assert "does not hold an array" in archive.reason
     assert third.accepted == 4, third.incidents
     assert third.loss is not None
     (strategy,) = report_of(folder).strategies

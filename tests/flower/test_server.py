@@ -6,22 +6,22 @@ import subprocess
 from pathlib import Path
 
 from tests.encoders import labelled_rows, write_rows
-from tests.flower.deployment import TLS_FILES, Deployment, deployment
+from tests.flower.deployment import PATIENCE, TLS_FILES, Deployment, deployment
 from tests.flower.runs import assert_alike, recipe_of, report_of, run_locally, saved_of, write_recipe
 
 
 def test_a_server_that_died_is_resumed(clients: Deployment, material: Path, tmp_path: Path) -> None:
     """Its base was changed by rounds (fedex), which the clients of the resumed run get as a whole."""
     fedex = {"adapter": "lora", "algorithm": "fedex"}
-    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_of(material, fedex, rounds=3))
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_of(material, fedex, rounds=3, min_clients=3))
     folder = tmp_path / "flower"
-    first = clients.run(recipe=str(recipe), overrides=f"output_dir={folder}", round_timeout=170)
+    first = clients.run(recipe=str(recipe), overrides=f"output_dir={folder}", round_timeout=PATIENCE)
     clients.wait_for_file(folder / "federated" / "only" / "state.safetensors")
     clients.kill_server()
     before = len(saved_of(folder).rounds)
     assert before < 3
     resumed = f"output_dir={folder} resume=true"
-    second = clients.run(recipe=str(recipe), overrides=resumed, round_timeout=170)
+    second = clients.run(recipe=str(recipe), overrides=resumed, round_timeout=PATIENCE)
     assert clients.wait(second) == "finished:completed", clients.output(second)
     assert f"{before} of 3 rounds are saved" in clients.output(second)
     local = run_locally(recipe, tmp_path / "local")
@@ -48,7 +48,7 @@ def test_clients_keep_data_that_the_server_does_not_have(material: Path, tmp_pat
             write_rows(folder / f"{name}.jsonl", labelled_rows(30, seed=seed))
             own.start_node(name, cwd=folder)
         overrides = f"output_dir={tmp_path / 'run'}"
-        run = own.run(recipe=str(recipe), overrides=overrides, server_data=False, round_timeout=170)
+        run = own.run(recipe=str(recipe), overrides=overrides, server_data=False, round_timeout=PATIENCE)
         assert own.wait(run) == "finished:completed", own.output(run)
     report = report_of(tmp_path / "run")
     assert report.figures == []
@@ -76,9 +76,9 @@ def test_tls_and_keys_of_nodes(material: Path, tmp_path: Path) -> None:
         stranger = ["--auth-supernode-private-key", str(tmp_path / "stranger"), "--max-retries", "1"]
         own.start_node("client_0", *stranger, name="stranger")
         own.start_node("client_0", "--auth-supernode-private-key", str(tmp_path / "known"))
-        run = own.run(recipe=str(recipe), overrides=f"output_dir={tmp_path / 'run'}", round_timeout=170)
+        run = own.run(recipe=str(recipe), overrides=f"output_dir={tmp_path / 'run'}", round_timeout=PATIENCE)
         assert own.wait(run) == "finished:completed", own.output(run)
-        assert own.nodes["stranger"].wait(60) != 0
+        assert own.nodes["stranger"].wait(PATIENCE) != 0
     finally:
         own.stop()
     assert saved_of(tmp_path / "run").rounds[0].accepted == 1

@@ -29,35 +29,41 @@ BASE, WEIGHTS, RESIDUALS = "base", "weights", "residuals"
 
 @dataclass
 class BaseHistory:
-    """What the server added to the base, and how far every node has followed."""
+    """What the server added to the base, and how far every node has followed.
+
+    The oldest rounds are dropped once all together are more bytes than the weights: a node that needs them
+    gets the weights.
+    """
 
     origin: str
     """Fingerprint of the base as it was loaded."""
     bases: list[str]
-    """Fingerprint where this server began, and after each of its rounds."""
+    """Fingerprint before the first of `rounds`, and after each of them."""
     weights: Callable[[], Mapping[str, Tensor]]
     """Module -> its weight by now."""
     rounds: list[Residuals] = field(default_factory=list)
+    """What the latest rounds added, the oldest first."""
+    dropped: int = 0
+    """Earlier rounds, which are kept no more."""
     _at: dict[int, int] = field(default_factory=dict)
-    """Node -> how many of `rounds` it has."""
+    """Node -> how many rounds it has, with those that were dropped."""
 
     def add(self, residuals: Residuals) -> None:
         """Note what a round added to the base."""
         if residuals:
             self.rounds.append(residuals)
             self.bases.append(base_with(self.bases[-1], residuals))
+            self._drop_oldest()
 
     def records_for(self, node: int) -> tuple[dict[str, Any], int]:
         """What a node must get to have the server's base: records, and the bytes of their arrays."""
-        begin = self._at.get(node)
-        if begin is None and self.bases[0] == self.origin:
-            begin = 0
-        kind = RESIDUALS
-        payloads = [] if begin is None else self._since(begin)
-        if begin is None or payloads:
-            dense = [_as_array(weight) for _, weight in sorted(self.weights().items())]
-            if begin is None or _bytes_of(payloads) > _bytes_of([dense]):
-                kind, payloads, begin = WEIGHTS, [dense], len(self.rounds)
+        begin = self._begin_of(node)
+        if begin is None:
+            kind, begin = WEIGHTS, len(self.rounds)
+            payloads = [[_as_array(weight) for _, weight in sorted(self.weights().items())]]
+        else:
+            kind = RESIDUALS
+            payloads = [residual_arrays(residuals) for residuals in self.rounds[begin:]]
         facts = {"origin": self.origin, "bases": self.bases[begin:], "kind": kind}
         records: dict[str, Any] = {BASE: ConfigRecord(facts)}
         for number, arrays in enumerate(payloads):
@@ -66,14 +72,28 @@ class BaseHistory:
 
     def followed(self, node: int) -> None:
         """Note that a node has the base of the present round."""
-        self._at[node] = len(self.rounds)
+        self._at[node] = self.dropped + len(self.rounds)
 
     def forget(self, node: int) -> None:
         """Note that nothing is known about a node's base: it gets all weights that changed."""
         self._at.pop(node, None)
 
-    def _since(self, begin: int) -> list[list[NDArray[Any]]]:
-        return [residual_arrays(residuals) for residuals in self.rounds[begin:]]
+    def _begin_of(self, node: int) -> int | None:
+        """The first of `rounds` that a node lacks; None if it needs the weights."""
+        if node in self._at:
+            begin = self._at[node] - self.dropped
+            return begin if begin >= 0 else None
+        return 0 if self.bases[0] == self.origin else None
+
+    def _drop_oldest(self) -> None:
+        """Keep no more than a node would be sent."""
+        most = sum(_sent_bytes(weight) for weight in self.weights().values())
+        kept = []
+        for residuals in self.rounds:
+            kept.append(sum(residual.nbytes for residual in residuals.values()))
+        while sum(kept) > most:
+            del kept[0], self.rounds[0], self.bases[0]
+            self.dropped += 1
 
 
 def follow_base(content: RecordDict, context: Context, bank: AdapterBank, *, loaded: str) -> str:
@@ -126,6 +146,12 @@ def _shapes(pool: Pool) -> dict[str, tuple[int, int]]:
 
 def _bytes_of(payloads: list[list[NDArray[Any]]]) -> int:
     return sum(array.nbytes for arrays in payloads for array in arrays)
+
+
+def _sent_bytes(weight: Tensor) -> int:
+    """The bytes of `_as_array`."""
+    size = torch.float32.itemsize if weight.dtype == torch.bfloat16 else weight.element_size()
+    return weight.numel() * size
 
 
 def _as_array(weight: Tensor) -> NDArray[Any]:

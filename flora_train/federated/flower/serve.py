@@ -13,7 +13,7 @@ from flora_train.config.schema import RunConfig
 from flora_train.federated.build_report import build_report, write_federated_report
 from flora_train.federated.flower.no_data import load_without_data, population_without_data
 from flora_train.federated.flower.nodes import Nodes
-from flora_train.federated.flower.remote_rounds import FlowerRounds
+from flora_train.federated.flower.remote_rounds import FlowerRounds, Limits
 from flora_train.federated.flower.settings import Settings
 from flora_train.federated.loaded import LoadedRun, load_federated
 from flora_train.federated.population import make_population, names_of_clients
@@ -70,12 +70,20 @@ def _serve(grid: Grid, settings: Settings, config: RunConfig, folder: RunFolder,
     nodes = Nodes(grid, names_of_clients(config))
     options = round_options(config, settings.strategy, seed=settings.seed)
     strategy = FlowerRounds(
-        loaded, planned.population, options, planned.stages, nodes=nodes, timeout=settings.round_timeout
+        loaded,
+        planned.population,
+        options,
+        planned.stages,
+        nodes=nodes,
+        limits=Limits(answers=settings.round_timeout, connected=settings.start_timeout),
+        server_data=settings.server_data,
     )
     strategy.probe()
     saved = read_saved(state_path(folder.path, planned.name))
-    if saved is None or len(saved.rounds) < planned.rounds:
-        nodes.wait_for(settings.federated.clients_per_round or len(nodes.clients), settings.start_timeout)
+    done = 0 if saved is None else len(saved.rounds)
+    if done < planned.rounds:
+        chosen = options.choose(names_of_clients(config), done)
+        nodes.wait_for_first(chosen, settings.start_timeout)
     claim_folder(loaded, with_data=settings.server_data)
     _train(loaded, planned, strategy, saved, with_scores=settings.server_data)
     if is_exported(planned.stages[-1]):

@@ -29,7 +29,8 @@ class Settings:
     round_timeout: float
     """Seconds within which the clients of a round have to answer."""
     start_timeout: float
-    """Seconds within which the clients of a round have to be connected, before the first one."""
+    """Seconds that the server waits for the clients of a round to be connected: for all of them before its
+    first round, for federated.min_clients before a later one."""
     server_data: bool
     """Whether the server has the recipe's data, to evaluate the global adapter on."""
 
@@ -64,14 +65,28 @@ def read_settings(run_config: Mapping[str, Value]) -> Settings:
     seed = _seed(config.federated, _typed(run_config, "seed", int, "is one of federated.seeds"))
     only = {"strategies": {strategy: config.federated.strategies[strategy]}, "seeds": [seed]}
     config = config.model_copy(update={"federated": config.federated.model_copy(update=only)})
+    server_data = _typed(run_config, "server-data", bool, "is true or false")
+    if not server_data:
+        _check_tasks_are_listed(config)
     return Settings(
         config,
         strategy,
         seed,
         round_timeout=_seconds(run_config, "round-timeout"),
         start_timeout=_seconds(run_config, "start-timeout"),
-        server_data=_typed(run_config, "server-data", bool, "is true or false"),
+        server_data=server_data,
     )
+
+
+def _check_tasks_are_listed(config: RunConfig) -> None:
+    """Raises UserError for tasks that are made of the values in a file, which this server does not read."""
+    for name, task in config.tasks.items():
+        if task.is_split:
+            hint = (
+                f"reads no data, and tasks.{name}.split_by makes a task of each value in its file: list the "
+                "tasks in the recipe, or set server-data=true"
+            )
+            raise user_error("server-data", False, hint)
 
 
 def _strategy(federated: FederatedConfig, name: str) -> str:

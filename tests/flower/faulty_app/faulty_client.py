@@ -39,6 +39,13 @@ def train(message: Message, context: Context) -> Message:
         _change(reply, lambda array: np.full_like(array, np.nan))
     if fault == "shape":
         _change(reply, lambda array: array[..., :1])
+    if fault == "archive":
+        values = dict(reply.content.array_records["values"])
+        name = min(values)
+        values[name] = Array(
+            values[name].dtype, values[name].shape, values[name].stype, b"PK\x03\x04" + bytes(60)
+        )
+        reply.content["values"] = ArrayRecord(values)
     return reply
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import pytest
 import yaml
 
 from flora_train.config.errors import UserError
+from flora_train.config.schema import RunConfig
+from flora_train.federated.flower.recipe_digest import DATA, RECIPE, check_same, digests_of, shared_keys
 from flora_train.federated.flower.settings import read_settings
 from tests.e2e.conftest import ROOT
+from tests.unit.federated.runs import load_small
 
 APP = ROOT / "launch" / "flower" / "pyproject.toml"
 OPTIONS = {"lr": 0.01, "head_lr": 0.01, "lr_schedule": "constant"}
@@ -94,6 +98,88 @@ def test_bad_settings_are_named(recipe: Path, changed: dict[str, Any], message: 
 def test_a_recipe_without_rounds_is_refused() -> None:
     with pytest.raises(UserError, match="has no section federated"):
         read_settings(config(Path("quickstart")))
+
+
+def test_tasks_of_a_column_need_the_data_that_makes_them(recipe: Path) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    content["tasks"]["texts"] |= {"split_by": "user", "labels": ["x", "y"]}
+    content["federated"] |= {"split": "tasks", "num_clients": None, "dirichlet_alpha": None}
+    del content["federated"]["strategies"]["central"]
+    recipe.write_text(yaml.safe_dump(content))
+    with pytest.raises(
+        UserError, match=r"server-data = False: reads no data, and tasks.texts.split_by makes"
+    ):
+        read_settings(config(recipe, server_data=False))
+    assert read_settings(config(recipe, server_data=True)).config.tasks["texts"].split_by == "user"
+
+
+def changed(recipe: Path, *overrides: str) -> RunConfig:
+    """The configuration of a machine."""
+    return read_settings(config(recipe, overrides=" ".join(overrides))).config
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "adapters.lora.lr=0.02",
+        "adapters.lora.rank=8",
+        "federated.batch_examples=3",
+        "federated.dirichlet_alpha=0.5",
+        "training.steps=3",
+        "training.optimizer=sgd",
+        "tasks.texts.text=label",
+        "seed=9",
+    ],
+)
+def test_another_recipe_has_another_digest(recipe: Path, override: str) -> None:
+    server = digests_of(changed(recipe), {})
+    node = digests_of(changed(recipe, override), {})
+    with pytest.raises(UserError, match=r"recipe: the recipes differ in .*this node has [0-9a-f]{12}"):
+        check_same(node, server, "this node")
+
+
+def test_what_belongs_to_a_machine_is_not_compared(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl").write_text('{"text": "b", "label": "y"}\n')
+    elsewhere = changed(
+        recipe,
+        f"output_dir={tmp_path / 'own'}",
+        f"model.path={tmp_path / 'own_model'}",
+        f"tasks.texts.train={tmp_path / 'own.jsonl'}",
+        f"tasks.texts.validation={tmp_path / 'own.jsonl'}",
+        "num_threads=3",
+        "resume=true",
+        "kernels.backend=torch",
+        "training.tokens_per_microbatch=1024",
+        "federated.clients_at_once=2",
+        "evaluation.bootstrap_samples=100",
+    )
+    here = changed(recipe)
+    assert elsewhere != here
+    assert shared_keys(elsewhere) == shared_keys(here)
+    assert {"adapters.lora.lr", "federated.rounds", "training.steps"} <= shared_keys(here).keys()
+    check_same(digests_of(elsewhere, {}), digests_of(here, {}), "this node")
+
+
+def test_other_examples_have_another_digest(tmp_path: Path) -> None:
+    loaded = load_small(tmp_path, ["usual"])
+    server = digests_of(loaded.config, loaded.tasks)
+    assert server.keys() == {RECIPE, DATA}
+    check_same(server, server, "this node")
+    (task,) = loaded.tasks.values()
+    node = digests_of(loaded.config, {task.name: replace(task, data_hash="0" * 64)})
+    assert node[RECIPE] == server[RECIPE]
+    with pytest.raises(UserError, match="data: the examples differ"):
+        check_same(node, server, "this node")
+    with pytest.raises(UserError, match="data: the examples differ"):
+        check_same({RECIPE: server[RECIPE]}, server, "this node")
+    check_same(node, {RECIPE: server[RECIPE]}, "this node")  # the server has no data
+
+
+def test_the_document_names_the_app_of_an_installed_wheel() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    shipped = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]["launch"]
+    assert APP.relative_to(ROOT / "launch").as_posix() == "flower/pyproject.toml"
+    assert f"`{shipped}/flower`" in (ROOT / "docs" / "federated_flower.md").read_text()
 
 
 def test_only_the_package_for_flower_imports_it() -> None:
