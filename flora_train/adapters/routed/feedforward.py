@@ -23,7 +23,7 @@ from flora_train.adapters.pool import Pool
 from flora_train.adapters.routed.balance import with_balance
 from flora_train.adapters.routed.blocks import FeedForwardBlock, hidden_states
 from flora_train.adapters.routed.choice import Choice, choose, router_logits
-from flora_train.adapters.routed.few_tokens import FEW_PAIRS, add_experts, add_experts_of_pairs
+from flora_train.adapters.routed.few_tokens import add_experts, add_experts_of_pairs, is_few
 from flora_train.adapters.routed.jitter import jittered
 from flora_train.adapters.routed.recording import record_choice
 from flora_train.adapters.routing import BatchRouting, Routing, Span
@@ -121,14 +121,10 @@ class ExpertBlock:
             span=span,
             tokens_per_row=tokens_per_row,
         )
-        # Reentrant checkpointing runs the first forward of a training step without gradients, too.
-        is_inference = not torch.is_grad_enabled() and routing.noise is None and routing.draws is None
-        is_few = is_inference and choice.experts.numel() <= FEW_PAIRS
-        if is_few and len(span.specs) == 1 and experts.method == "lora" and experts.top_p == 1.0:
+        few = is_few(choice, routing)
+        if few and len(span.specs) == 1 and experts.method == "lora" and experts.top_p == 1.0:
             return self._run_few(span, x, choice)
-        make = group_pairs
-        if is_few:
-            make = pairs_in_order
+        make = pairs_in_order if few else group_pairs
         pairs = make(choice.experts, segments, experts.count)
         run = _Experts(self, span, pairs, routing, tokens_per_row)
         hidden = hidden_states(self.block.form, self._activation, run.inputs(x))
@@ -198,7 +194,8 @@ class _Experts:
             return self._shared_base(hidden, weights)
         spec = self.span.specs[0]
         method = expert_method(spec).name
-        if method == "ia3" and target.feedforward:
+        if method == "ia3":
+            assert target.feedforward  # its scales are of the layer's inputs
             scales = self._params(name)["l"]
             return self._shared_base(ia3_scale(hidden, scales, pairs.segments), weights)
         if method != "lora":

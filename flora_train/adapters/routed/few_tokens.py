@@ -6,11 +6,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flora_train.adapters.routed.choice import Choice
+from flora_train.adapters.routing import Routing
+
 FEW_PAIRS = 32
 """Pairs up to which, without gradients, each gets its expert's parameters instead of being sorted by
 expert."""
 VECTOR_PAIRS = 4
 """Pairs up to which, on a CPU, products of a matrix and a vector are faster than batched ones."""
+
+
+def is_few(choice: Choice, routing: Routing) -> bool:
+    """Whether this is inference with so few pairs that each gets its expert's parameters.
+
+    Reentrant checkpointing runs the first forward of a training step without gradients, too: with noise,
+    draws or goals it is no inference.
+    """
+    if torch.is_grad_enabled() or choice.experts.numel() > FEW_PAIRS:
+        return False
+    return routing.noise is None and routing.draws is None and routing.goals is None
 
 
 def add_experts(
@@ -20,15 +34,16 @@ def add_experts(
 
     Args:
         base: [T, out], contiguous. It is changed where that is faster.
-        x: [T, in], or [1, in] where all tokens are the same, in the dtype of base.
+        x: [T, in], or [1, in] where all tokens are the same.
         A: [E, r, in].
         B: [E, out, r].
-        experts: int64 [T, k].
+        experts: int64 [T, k], none of them UNUSED.
         weights: float32 [T, k], scaling included. Default: 1.
 
     Returns:
         [T, out].
     """
+    x = x.to(base.dtype)
     if base.device.type == "cpu" and experts.numel() <= VECTOR_PAIRS:
         _add_vectors(base, x.expand(len(base), -1), A, B, experts=experts, weights=weights)
         return base
@@ -45,6 +60,7 @@ def add_experts_of_pairs(
     Args: as of `add_experts`, but x: [T k, in].
     """
     tokens, slots = experts.shape
+    x = x.to(base.dtype)
     if base.device.type == "cpu" and experts.numel() <= VECTOR_PAIRS:
         vectors = x.reshape(tokens, slots, -1)
         for slot in range(slots):
@@ -58,8 +74,10 @@ def add_experts_of_pairs(
 
 
 def shares(experts: Tensor, count: int, dtype: torch.dtype, weights: Tensor | None = None) -> Tensor:
-    """[T, E]: the weight of every expert for a token, 0 for those that it is not sent to. Unused slots name
-    some expert, with weight 0."""
+    """[T, E]: the weight of every expert for a token, 0 for those that it is not sent to.
+
+    An expert may be named twice: a slot that is not used names some expert, with weight 0.
+    """
     values = torch.ones_like(experts, dtype=dtype) if weights is None else weights.to(dtype)
     return values.new_zeros(len(experts), count).scatter_add_(1, experts, values)
 

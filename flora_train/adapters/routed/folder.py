@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -53,6 +53,13 @@ class RoutingFile(BaseModel):
     """The modules whose input a router reads."""
     activation: str | None = None
     """Name of the activation of the experts; None: that of the base."""
+
+    @field_validator("top_p")
+    @classmethod
+    def _belongs_to_mixlora(cls, top_p: float, info: ValidationInfo) -> float:
+        if top_p < 1.0 and info.data.get("method") == "switch":
+            raise ValueError("has no meaning for method switch")
+        return top_p
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from flora_train.adapters.methods import METHODS, Params, Site
 from flora_train.adapters.methods.meteora import DOWN, GATE, UP, MemberStack, member_stacks
 from flora_train.adapters.routed.choice import Choice, choose, router_logits
-from flora_train.adapters.routed.few_tokens import FEW_PAIRS, shares
+from flora_train.adapters.routed.few_tokens import is_few, shares
 from flora_train.adapters.routed.gate_loss import with_gate_loss
 from flora_train.adapters.routed.recording import record_choice
 from flora_train.adapters.routing import RouteRecorder, Routing, Span
@@ -47,9 +47,8 @@ def run_gated(
     choice = choose(logits, spec.gate)
     record_choice(recorder, choice, module, routing=routing, span=span, tokens_per_row=tokens_per_row)
     stacks = member_stacks(spec, span.pool.targets[module])
-    is_inference = not torch.is_grad_enabled() and routing.noise is None and routing.draws is None
-    is_few = is_inference and len(span.specs) == 1 and choice.experts.numel() <= FEW_PAIRS
-    if is_few and [stack.kind for stack in stacks] == ["lora"]:
+    is_lora = [stack.kind for stack in stacks] == ["lora"]
+    if is_lora and len(span.specs) == 1 and is_few(choice, routing):
         return _few_lora(x, site, params, stacks[0], choice)
     y = _GatedTokens(x, site, params, choice=choice, segments=segments).output(stacks)
     return with_gate_loss(y, logits, module, routing, span, tokens_per_row=tokens_per_row)
@@ -63,8 +62,8 @@ def _few_lora(x: Tensor, site: Site, params: Params, stack: MemberStack, choice:
     if count < members:
         experts = _places(stack.numbers, members, experts.device)[experts]
         weights, experts = weights * (experts != UNUSED), experts.clamp_min(0)
-    scaling = _scalings(stack, y.dtype, y.device)
-    factors = (shares(experts, count, y.dtype, weights) * scaling).repeat_interleave(stack.rank, dim=1)
+    scaled = shares(experts, count, weights.dtype, weights) * _scalings(stack, weights.dtype, y.device)
+    factors = scaled.repeat_interleave(stack.rank, dim=1).to(y.dtype)
     A, B = params[DOWN["lora"]][0].to(y.dtype), params[UP["lora"]][0].to(y.dtype)
     return torch.addmm(y, torch.mm(x.to(y.dtype), A.T) * factors, B.T)
 
