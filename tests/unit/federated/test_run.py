@@ -110,6 +110,7 @@ def test_training_makes_the_global_adapter_better(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["products", "slora", "sflora", "fedex", "full"])
 @pytest.mark.parametrize("steps", [1, 7, 12])
+@pytest.mark.quick("7-products", "7-slora", "1-fedex", "12-full")
 def test_a_stopped_run_ends_with_the_same_bits(
     strategy: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
