@@ -97,5 +97,5 @@ def test_a_base_whose_feed_forward_blocks_are_not_recognised(complain: Complain,
         "recipe=bad.yaml", "model.path=opt", "adapters.x={method: mixlora, lr: 1e-3, experts: 2, rank: 2}"
     )
     assert re.fullmatch(
-        r"adapters\.x\.method = 'mixlora': .*OPTForCausalLM.*: use another method or base model.*", found
+        r"adapters\.x\.method = 'mixlora': .*OPTForCausalLM.*; use another method or base model.*", found
     ), found
