@@ -99,9 +99,9 @@ class Nodes:
         later = {node for node, moment in self._ask_again.items() if moment > now}
         new = sorted(set(self.grid.get_node_ids()) - self._known - pending - later)
         messages = [Message(RecordDict(), node, WHO, ttl=IDENTIFY_SECONDS) for node in new]
-        for node, name in zip(new, self._push(messages), strict=True):
-            if name is not None:
-                self._asked[name] = _Asked(node, now + IDENTIFY_SECONDS)
+        for node, message in zip(new, self._push(messages), strict=True):
+            if message is not None:
+                self._asked[message] = _Asked(node, now + IDENTIFY_SECONDS)
 
     def wait_for(self, clients: Collection[str], count: int, limit: float) -> bool:
         """Wait until some of these clients are connected.
