@@ -40,7 +40,7 @@ def raw_config(folder: Path, strategies: list[str], **federated: Any) -> dict[st
     base = folder / "base"
     if not base.exists():
         save_encoder(base)
-    chosen = {name: STRATEGIES[name] for name in strategies}
+    chosen = {name: dict(STRATEGIES[name]) for name in strategies}
     used = {own["adapter"] for own in chosen.values()}
     return {
         "name": "clients",
@@ -55,7 +55,7 @@ def raw_config(folder: Path, strategies: list[str], **federated: Any) -> dict[st
                 "label": "kind",
             }
         },
-        "adapters": {name: ADAPTERS[name] for name in ADAPTERS if name in used},
+        "adapters": {name: dict(ADAPTERS[name]) for name in ADAPTERS if name in used},
         "training": {"steps": 2, "tokens_per_microbatch": 400, "max_length": 32},
         "evaluation": {"bootstrap_samples": 100},
         "federated": {
