@@ -8,6 +8,7 @@ LM_EVAL := .venv-lm-eval/.installed
 LM_EVAL_PIP := .venv-lm-eval/bin/python -m pip install --quiet
 SERVING := .venv-serving/.installed
 SERVING_PIP := .venv-serving/bin/python -m pip install --quiet
+FLOWER := .venv-flower/.installed
 MODEL := assets/models/smollm2-135m/manifest.json
 WHISPER := assets/models/whisper-base/manifest.json
 MINILM := assets/models/minilm-l6/manifest.json
@@ -15,11 +16,13 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 ARGS ?=
 MULTIPL_E ?=
+CLIENTS ?= 100
+ALPHAS ?= 0.1 1 100
 PROBLEMS := assets/preference_problems
 SAMPLED := evaluation.problems=[$(PROBLEMS)/training_problems.yaml,$(PROBLEMS)/heldout_problems.yaml] \
 	evaluation.temperature=0.5 evaluation.num_samples=4 evaluation.max_new_tokens=48 evaluation.batch_rows=96 --languages lua,rb
 
-.PHONY: help quickstart setup setup-dev sweep code-local speech-local chat-local preferences-local clinical routed-local test test-full test-headline test-chips test-attack test-trl trl-env test-lm-eval lm-eval-env test-serving serving-env test-gpu lint types format bench bench-quick bench-gpu bench-serving docs figures clean
+.PHONY: help quickstart setup setup-dev sweep code-local speech-local chat-local preferences-local clinical routed-local federated-local federated-study test test-full test-headline test-chips test-attack test-trl trl-env test-lm-eval lm-eval-env test-serving serving-env test-flower flower-env test-gpu lint types format bench bench-quick bench-gpu bench-serving docs figures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -63,12 +66,23 @@ clinical: $(INSTALLED) $(MINILM)  ## build an encoder, diagnoses and e-mails, tr
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=clinical resume=true $(ARGS)
 	for method in baselines gated full "adapters outputs/clinical" "table outputs/clinical"; do HF_HUB_OFFLINE=1 $(BIN)/python studies/clinical.py $$method || exit 1; done
 
-routed-local: $(INSTALLED) $(MODEL)  ## build texts of nine languages, train shared, routed and gated adapters on their mixture (15 minutes), and compare them
+routed-local: $(INSTALLED) $(MODEL)  ## build texts of nine languages, train shared, routed and gated adapters on their mixture (about 40 minutes on two cores), and compare them
 	$(BIN)/python assets/build_many_languages.py
 	$(BIN)/python assets/build_routed_mixture.py
 	for recipe in routed_members_local routed_local gates_local; do HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=$$recipe resume=true || exit 1; done
 	HF_HUB_OFFLINE=1 $(BIN)/python studies/routed.py outputs/routed_local $(ARGS)
 	HF_HUB_OFFLINE=1 $(BIN)/python studies/gates.py outputs/gates_local $(ARGS)
+
+federated-local: $(INSTALLED) $(MINILM)  ## build an encoder and diagnoses, and run six federated strategies with 100 clients (recipe federated_local)
+	test -d assets/clinical_local || $(BIN)/python assets/build_clinical_corpus.py
+	$(BIN)/python assets/build_federated_texts.py --development
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=federated_local resume=true $(ARGS)
+
+federated-study: $(INSTALLED) $(MINILM)  ## the same with alpha 0.1, 1 and 100 and three seeds each, and the table of all (it continues where it was interrupted)
+	test -d assets/clinical_local || $(BIN)/python assets/build_clinical_corpus.py
+	$(BIN)/python assets/build_federated_texts.py --development
+	for alpha in $(ALPHAS); do HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=federated_local federated.num_clients=$(CLIENTS) federated.dirichlet_alpha=$$alpha federated.seeds=[1,2,3] output_dir=outputs/federated_$(CLIENTS)_$$alpha resume=true $(ARGS) || exit 1; done
+	$(BIN)/python studies/federated.py --save
 
 test: $(INSTALLED_DEV) $(MODEL) lint types  ## run lint, types and the tests
 	$(PYTEST) -n 2 --dist worksteal $(ARGS)
@@ -102,6 +116,11 @@ test-serving: $(SERVING) $(MODEL)  ## serve adapters with vLLM on the CPU, which
 
 serving-env: $(SERVING)  ## install vLLM for a CPU into .venv-serving, an environment of its own, with this package
 
+test-flower: $(FLOWER)  ## run federated rounds between processes of Flower, which is in .venv-flower, and compare them with the simulation
+	OMP_NUM_THREADS=1 .venv-flower/bin/python -m pytest -m flower tests/flower $(ARGS)
+
+flower-env: $(FLOWER)  ## install Flower into .venv-flower, an environment of its own, with this package
+
 test-gpu:  ## on a machine with a GPU: run its tests and those of the kernels (PYTHON=... without .venv)
 	$(PYTHON) -m pytest tests/gpu tests/unit/kernels $(ARGS)
 
@@ -132,6 +151,7 @@ bench: $(INSTALLED) $(MODEL)  ## benchmark joint training beside its peers, laye
 	$(BIN)/python benchmarks/generation.py --save
 	$(BIN)/python benchmarks/routed_decoding.py --save
 	$(BIN)/python benchmarks/routed_training.py --save
+	$(BIN)/python benchmarks/federated_round.py --save
 	$(BIN)/python benchmarks/execution.py --save
 	$(BIN)/python benchmarks/paging.py --save
 	$(BIN)/python benchmarks/thousand.py --save
@@ -155,7 +175,7 @@ figures: $(INSTALLED)  ## copy the committed results into README and docs
 	$(BIN)/python benchmarks/update_figures.py
 
 clean:  ## remove the environments and the built models (outputs/ stays)
-	rm -rf .venv .venv-trl .venv-lm-eval .venv-serving assets/models
+	rm -rf .venv .venv-trl .venv-lm-eval .venv-serving .venv-flower assets/models
 
 # what runs: the package with everything a recipe can name
 $(INSTALLED): pyproject.toml constraints.txt
@@ -189,6 +209,13 @@ $(SERVING): tests/serving/requirements.txt pyproject.toml
 	$(SERVING_PIP) --constraint tests/serving/requirements.txt torch
 	$(SERVING_PIP) --no-deps --requirement tests/serving/requirements.txt
 	$(SERVING_PIP) --no-deps --editable .
+	touch $@
+
+# what runs federated rounds between machines: Flower, which limits five packages, beside the same versions of everything else
+$(FLOWER): tests/flower/requirements.txt pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-flower
+	grep -vE '^(certifi|packaging|protobuf|rich|typer)==' constraints.txt > .venv-flower/constraints.txt
+	.venv-flower/bin/python -m pip install --quiet --constraint .venv-flower/constraints.txt --requirement tests/flower/requirements.txt --editable .
 	touch $@
 
 # the environment comes first, but a new environment does not make a built model out of date

@@ -31,7 +31,7 @@ from routed_training import MODEL, shared_copy
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.methods.mixlora import ROUTER
+from flora_train.adapters.methods.routed import ROUTER
 from flora_train.adapters.spec import make_spec
 from flora_train.config.adapter_schema import AdapterConfig
 from flora_train.config.model_schema import ModelConfig

@@ -47,8 +47,8 @@ def heading(report: Report) -> Iterator[str]:
         f"Intervals ({CONFIDENCE:.0%}) resample documents within each language ({SAMPLES:,} times, the same "
         "for all methods); differences are paired by document. Lower is better; the mean counts every "
         "language alike. Values are means over seeds, which differ in the initialisation, not in the texts. "
-        "The members of MeteoRA were trained before, on texts of their language that are as many, together, "
-        "as an adapter here reads; its parameters include theirs, which do not change."
+        "The members of MeteoRA were trained before, each on 20 texts of its language: 180 together, half as "
+        "many again as an adapter here reads; its parameters include theirs, which do not change."
     )
     yield ""
 

@@ -236,6 +236,8 @@ FUSED_EXPERTS: dict[str, dict[str, Any]] = {
 }
 """Families whose fused experts take adapters -> options beside those of the family. Mixtral and others that
 are tested more thoroughly are in tests/architectures.py."""
+EXPERT_LISTS = ("nllb_moe", "switch_transformers", "vitpose_backbone")
+"""The families of transformers whose experts are modules with linear layers, called one after the other."""
 OTHER_EXPERTS = {"llama4_text": "experts.gate_up_proj", "dbrx": "experts.mlp.w1"}
 """Families whose experts have another layout -> one of their parameters."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from flora_train.adapters.init_from import PeftOutline, check_sizes, read_outline, value_of
 from flora_train.adapters.peft_config import CONFIG
+from flora_train.adapters.routed.folder import is_routed_folder
 from flora_train.adapters.spec import AdapterSpec, make_spec, member_spec
 from flora_train.adapters.targets import find_targets, linear_layers, shortest_suffixes
 from flora_train.config.adapter_schema import AdapterConfig, adapter_name, listed
@@ -119,6 +120,9 @@ class _Finder:
 
     def _of_run(self, name: str, key: str) -> MemberConfig:
         """An adapter of this run, which must have been trained before."""
+        if (method := self.of_run[name].method) not in MEMBER_METHODS:
+            hint = f"is of method {method}, and a gate chooses among {listed(MEMBER_METHODS)}"
+            raise user_error(key, name, hint)
         if name not in self.trained:
             hint = (
                 "is an adapter of this run, which is not trained yet: train it first and then extend the run "
@@ -126,9 +130,6 @@ class _Finder:
             )
             raise user_error(key, name, hint)
         spec = self.trained[name]
-        if spec.method not in MEMBER_METHODS:
-            hint = f"is of method {spec.method}, and a gate chooses among {listed(MEMBER_METHODS)}"
-            raise user_error(key, name, hint)
         targets = find_targets(self.model, spec)
         inputs = [target.name for target in targets.values() if target.feedforward]
         values: dict[str, Any] = {"feedforward_modules": shortest_suffixes(targets, inputs)}
@@ -154,9 +155,10 @@ def _adapters_of(config: RunConfig) -> dict[str, AdapterSpec]:
 
 
 def adapter_folder_exists(source: str) -> bool:
-    """Whether a folder here holds the files of a PEFT adapter."""
+    """Whether a folder here holds the files of a PEFT adapter, or of a routed one."""
     try:
-        return (adapter_folder(source) / CONFIG).is_file()
+        folder = adapter_folder(source)
+        return (folder / CONFIG).is_file() or is_routed_folder(folder)
     except (UserError, ValueError, OSError):
         return False
 

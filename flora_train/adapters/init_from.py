@@ -114,6 +114,7 @@ def _left_out(adapter: AdapterConfig) -> list[str]:
         "lora": LORA_KEYS,
         "dora": LORA_KEYS,
         "ia3": ("feedforward_modules",),
+        "head": (),
         **dict.fromkeys(ROUTED, ROUTED_KEYS),
     }[adapter.method]
     missing = [key for key in keys if getattr(adapter, key) is None]

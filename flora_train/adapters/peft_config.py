@@ -353,7 +353,8 @@ def _config_file(source: str) -> Path:
     folder = adapter_folder(source)
     file = folder / CONFIG
     if not file.is_file() and (folder / "routing.json").is_file():
-        raise ValueError("it is a routed adapter (routing.json), whose parts are PEFT adapters")
+        hint = f"whose parts are PEFT adapters: name one of them, such as {source.rstrip('/')}/expert_0"
+        raise ValueError(f"it is a routed adapter (routing.json), {hint}")
     if not file.is_file():
         raise ValueError(f"there is no {CONFIG}")
     return file

@@ -16,6 +16,7 @@ from flora_train.adapters.host_memory import free_memory
 from flora_train.adapters.layer_usage import unusable_by_shape
 from flora_train.adapters.pool import Pool, build_pools
 from flora_train.adapters.spec import AdapterSpec, expand, experts_text, rank_text
+from flora_train.commands.plan_federated import clients_together
 from flora_train.config.errors import UserError
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import shown
@@ -74,15 +75,18 @@ def check_recipe(config: RunConfig) -> None:
     console = Console(soft_wrap=True)
     for name, value in _recipe_facts(config, device, dtype):
         console.print(shown(f"{name:11} {value}"))
-    specs = expand(config)
+    groups, sharers = [expand(config)], "adapters"
+    if config.federated is not None:
+        groups, sharers = clients_together(config), "clients of a round"
     tokens = config.training.tokens_per_microbatch
-    console.print(shown(f"\nA micro-batch of {tokens} tokens, shared evenly by {len(specs)} adapters:"))
+    console.print(shown(f"\nA micro-batch of {tokens} tokens, shared evenly by {len(groups[0])} {sharers}:"))
     model = empty_model(config.model)
-    pools, _ = build_pools(model, specs, unusable_by_shape(config.model, model))
-    for pool in pools:
-        console.print(shown(f"\n{_pool_name(pool)}", "bold"))
-        for choice, layers in choices_of(pool, tokens / len(specs), dtype, device).items():
-            console.print(shown(f"  {', '.join(layers)}\n      {choice.runs}\n      {choice.why}"))
+    for specs in groups:
+        pools, _ = build_pools(model, specs, unusable_by_shape(config.model, model))
+        for pool in pools:
+            console.print(shown(f"\n{_pool_name(pool)}", "bold"))
+            for choice, layers in choices_of(pool, tokens / len(specs), dtype, device).items():
+                console.print(shown(f"  {', '.join(layers)}\n      {choice.runs}\n      {choice.why}"))
     if refused is not None:
         raise refused
 

@@ -19,6 +19,7 @@ from flora_train.adapters.layer_usage import describe_left_out, unusable_by_shap
 from flora_train.adapters.paging import OF_FREE_MEMORY
 from flora_train.adapters.pool import Pool, build_pools, numbers_of
 from flora_train.adapters.spec import expand
+from flora_train.commands.plan_federated import plan_federated
 from flora_train.commands.plan_gpus import print_report
 from flora_train.commands.plan_sizes import missing_here, print_from_sizes
 from flora_train.commands.plan_text import LONG, existing_folder, plan_lines, print_lines, print_notes
@@ -61,6 +62,10 @@ def plan_run(config: RunConfig) -> None:
     """
     folder = RunFolder(Path(config.folder))
     config = resolve_config(config, folder)
+    if config.federated is not None:
+        plan_federated(config, folder)
+        folder.status(config)
+        return
     console = Console(soft_wrap=True)
     with model_sizes(config.model) as sizes:
         planned = config.model_copy(update={"model": sizes.config})

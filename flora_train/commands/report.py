@@ -16,7 +16,10 @@ from flora_train.evaluation.report.published_tables import write_compared
 from flora_train.evaluation.report.tables import check_table_name, write_table
 from flora_train.evaluation.report.terminal import print_published
 from flora_train.evaluation.report.types import Report
-from flora_train.runtime.run_folder import RunFolder, open_run_folder
+from flora_train.federated.build_report import read_federated_report
+from flora_train.federated.report_page import write_page
+from flora_train.federated.report_terminal import print_federated
+from flora_train.runtime.run_folder import FEDERATED_RESULTS, RunFolder, is_federated, open_run_folder
 
 
 def write_reports(
@@ -26,7 +29,8 @@ def write_reports(
 
     out: the page of several runs, which ends in .html. Default: comparison.html beside the first run. table:
     a file of the results, which ends in .csv, .md or .tex. beside: `paper`, or a file of published results,
-    which are printed and drawn beside those of one run; the table is then of these. Raises UserError.
+    which are printed and drawn beside those of one run; the table is then of these. A
+    federated run is given alone. Raises UserError.
     """
     if table is not None:
         check_table_name(Path(table))
@@ -34,6 +38,10 @@ def write_reports(
         raise user_error("beside", beside, "is for one run: give one folder")
     published = None if beside is None else load_published(beside)
     folders = [open_run_folder(run) for run in runs]
+    if any(map(is_federated, folders)):
+        _check_federated(folders, out=out, table=table, beside=beside)
+        print_plain(_rewrite_federated(folders[0]))
+        return
     reports = [read_report(folder) for folder in folders]
     compared: list[ComparedTable] = []
     if published is not None:
@@ -52,6 +60,33 @@ def write_reports(
         else:
             write_table(dict(zip(labels(runs), reports, strict=True)), Path(table))
         print_plain(table)
+
+
+def _check_federated(
+    folders: Sequence[RunFolder], *, out: str | None, table: str | None, beside: str | None
+) -> None:
+    """Raises UserError where a federated run is to be compared, or written as something else than its
+    page."""
+    if len(folders) > 1:
+        federated = next(folder for folder in folders if is_federated(folder))
+        hint = "is a federated run, whose strategies are compared on its own page: give its folder alone"
+        raise user_error("run", str(federated.path), hint)
+    for key, value in (("out", out), ("table", table), ("beside", beside)):
+        if value is not None:
+            hint = f"is not for federated runs: leave it out. The figures are in {FEDERATED_RESULTS}"
+            raise user_error(key, value, hint)
+
+
+def _rewrite_federated(folder: RunFolder) -> Path:
+    """The page of a federated run, written again; prints its tables."""
+    report = read_federated_report(folder)
+    folder.lock()
+    try:
+        page = write_page(report, folder.evaluation)
+    finally:
+        folder.unlock()
+    print_federated(report)
+    return page
 
 
 def _rewrite(folder: RunFolder, report: Report, compared: Sequence[ComparedTable]) -> Path:

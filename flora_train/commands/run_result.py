@@ -7,10 +7,16 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flora_train.evaluation.report.figure_tables import figure_estimate
 from flora_train.evaluation.report.files import read_report
 from flora_train.evaluation.report.joined_seeds import with_joined_seeds
 from flora_train.evaluation.report.types import Report
-from flora_train.runtime.run_folder import RunFolder
+from flora_train.federated.build_report import read_federated_report
+from flora_train.federated.report_page import PAGE
+from flora_train.federated.report_tables import figure_text
+from flora_train.federated.report_terminal import sent_text
+from flora_train.federated.result_types import FederatedReport
+from flora_train.runtime.run_folder import RunFolder, is_federated
 from flora_train.training.metrics_table import read_metrics
 
 if TYPE_CHECKING:
@@ -26,9 +32,12 @@ class RunResult(os.PathLike[str]):
         """The run folder."""
 
     @property
-    def report(self) -> Report:
-        """The content of eval/report.json."""
-        return read_report(RunFolder(self.path))
+    def report(self) -> Report | FederatedReport:
+        """The content of eval/report.json; of a federated run, that of eval/federated.json."""
+        folder = RunFolder(self.path)
+        if is_federated(folder):
+            return read_federated_report(folder)
+        return read_report(folder)
 
     @property
     def metrics(self) -> pandas.DataFrame:
@@ -48,21 +57,43 @@ class RunResult(os.PathLike[str]):
         return self.path / name
 
     def _repr_html_(self) -> str:
-        """Held-out bits per byte of the base and every adapter, and the path of the full report."""
-        rows = [
-            "<tr><th>task</th><th>method</th><th>held-out bits per byte</th><th>difference to base</th></tr>"
-        ]
-        for result in with_joined_seeds(self.report).results:
-            rows.append(_table_row(result.task, "base", _number(result.base.bits_per_byte.value), ""))
-            for contender in result.contenders:
-                value, difference = contender.bits_per_byte, contender.difference_to_base.value
-                shown = _number(value.value)
-                if value.deviation is not None:
-                    shown += f" \u00b1 {_number(value.deviation)}"
-                rows.append(_table_row(result.task, contender.family, shown, _number(difference, "+")))
-        page = escape(str(self.path / "eval" / "report.html"))
+        """Held-out bits per byte of base and adapters, or figures of federated strategies, and the path of
+        the full report."""
+        report = self.report
+        if isinstance(report, FederatedReport):
+            rows, name = _strategy_rows(report), PAGE
+        else:
+            rows, name = _adapter_rows(report), "report.html"
+        page = escape(str(self.path / "eval" / name))
         table = f"<table>{''.join(rows)}</table>"
         return f'<p>{escape(str(self.path))}</p>{table}<p>Report: <a href="{page}">{page}</a></p>'
+
+
+def _adapter_rows(report: Report) -> list[str]:
+    """The base and every adapter."""
+    rows = ["<tr><th>task</th><th>method</th><th>held-out bits per byte</th><th>difference to base</th></tr>"]
+    for result in with_joined_seeds(report).results:
+        rows.append(_table_row(result.task, "base", _number(result.base.bits_per_byte.value), ""))
+        for contender in result.contenders:
+            value, difference = contender.bits_per_byte, contender.difference_to_base.value
+            shown = _number(value.value)
+            if value.deviation is not None:
+                shown += f" \u00b1 {_number(value.deviation)}"
+            rows.append(_table_row(result.task, contender.family, shown, _number(difference, "+")))
+    return rows
+
+
+def _strategy_rows(report: FederatedReport) -> list[str]:
+    """Every strategy of a federated run."""
+    texts = [figure_text(name) for name in report.figures]
+    headings = ["strategy", *(text.name for text in texts), "MiB sent"]
+    rows = ["<tr>" + "".join(f"<th>{escape(heading)}</th>" for heading in headings) + "</tr>"]
+    for strategy in report.strategies:
+        figures = []
+        for name, text in zip(report.figures, texts, strict=True):
+            figures.append(figure_estimate(strategy.figures[name], text))
+        rows.append(_table_row(strategy.name, *figures, sent_text(strategy)))
+    return rows
 
 
 def _table_row(*cells: str) -> str:

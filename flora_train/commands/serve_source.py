@@ -119,7 +119,8 @@ def _chosen(source: AdapterSource, run: Run | None, names: Sequence[str]) -> lis
                 )
                 raise user_error("adapter", name, hint)
     if not known:
-        raise user_error("run", source.label, "has no adapters: no folder in it has an adapter_config.json")
+        hint = "has no adapters that vLLM serves: no folder in it has an adapter_config.json, or it is routed"
+        raise user_error("run", source.label, hint)
     return choose(source, names)
 
 

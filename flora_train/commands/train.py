@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flora_train.commands.run_result import RunResult
+from flora_train.commands.train_federated import show_federated, train_federated
 from flora_train.config.json_format import JsonObject
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import plain, safe_streams
@@ -114,12 +115,22 @@ def train_checked(config: RunConfig) -> RunResult:
                 "again)"
             )
             if is_main_process():
-                show(folder)
+                show_run(config, folder)
+        elif config.federated is not None:
+            train_federated(config, folder, accelerator, status=status)
         else:
             _train_run(config, folder, accelerator, status=status, started=started)
     finally:
         folder.unlock()
     return RunResult(folder.path)
+
+
+def show_run(config: RunConfig, folder: RunFolder) -> None:
+    """Print the results of a finished run."""
+    if config.federated is None:
+        show(folder)
+    else:
+        show_federated(folder)
 
 
 def _recorded_commits(config: RunConfig, folder: RunFolder) -> Mapping[str, str]:

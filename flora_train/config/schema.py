@@ -18,6 +18,8 @@ from flora_train.config.consistency import (
 )
 from flora_train.config.errors import Problem
 from flora_train.config.evaluation_schema import EvaluationConfig
+from flora_train.config.federated_checks import federated_problems
+from flora_train.config.federated_schema import GLOBAL_TASK, FederatedConfig
 from flora_train.config.model_schema import ModelConfig
 from flora_train.config.paths import at_home
 from flora_train.config.speech_schema import AudioConfig
@@ -78,6 +80,8 @@ class RunConfig(ConfigModel):
     """Which implementation computes the adapters."""
     tracking: TrackingConfig = TrackingConfig()
     """Experiment trackers beside metrics.jsonl."""
+    federated: FederatedConfig | None = None
+    """Train in rounds of clients whose adapters a server combines. Default: train the tasks as they are."""
 
     @field_validator("resume")
     @classmethod
@@ -102,6 +106,7 @@ class RunConfig(ConfigModel):
         if not problems and (problem := idle_seed(self.tasks, self.adapters)):
             problems = [problem]
         problems = problems or ignored_keys(self.tasks) or self._sweep_problems() or self._patience_problems()
+        problems = problems or self._federated_problems()
         if problems:
             raise Contradictions(problems)
         return self
@@ -123,6 +128,20 @@ class RunConfig(ConfigModel):
                 return [Problem("evaluation.interval", None, hint)]
         return []
 
+    def _federated_problems(self) -> list[Problem]:
+        if self.federated is None:
+            return []
+        sections = {
+            "training": self.training,
+            "evaluation": self.evaluation,
+            "mixture": self.mixture,
+            "sweep": self.sweep,
+            "guard": self.guard,
+            "paging": self.paging,
+            "tracking": self.tracking,
+        }
+        return federated_problems(self.federated, self.tasks, self.adapters, sections, model=self.model)
+
     @property
     def compares_states(self) -> bool:
         """Whether states of adapters are compared during training."""
@@ -134,7 +153,9 @@ class RunConfig(ConfigModel):
     @property
     def adapter_names(self) -> list[str]:
         """Names of all adapters, in the order of the bank: every entry of `adapters` with each of its
-        tasks."""
+        tasks; of federated runs, the global adapters."""
+        if self.federated is not None:
+            return [adapter_name(GLOBAL_TASK, run) for run in self.federated.runs]
         names = []
         for family, adapter in self.adapters.items():
             names += [adapter_name(task, family) for task in adapter.tasks or self.tasks]

@@ -34,8 +34,8 @@ def check_forms(specs: Sequence[AdapterSpec], names: Sequence[str], as_: str) ->
         hint = "writes adapters of language models without target_parameters, and all adapters of the run "
         hint += "have those, or heads: use peft"
         raise user_error("as", as_, hint)
-    if as_ == "mixlora":
-        raise user_error("as", as_, "the run has no adapter of method mixlora: use peft")
+    if as_ in ("flora", "mixlora"):
+        raise user_error("as", as_, f"the run has no adapter of method {as_}: use peft")
 
 
 def possible_names(specs: Sequence[AdapterSpec], as_: str) -> list[str]:

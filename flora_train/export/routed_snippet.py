@@ -43,7 +43,35 @@ def route(block, router):
 
 for name, router in load_file(f"{{folder}}/router.safetensors").items():
     route(base.get_submodule(name), router)"""
-"""Of mixlora and meteora. Computes every expert for every token: it is short, not fast."""
+"""Of mixlora. Computes every expert for every token: it is short, not fast."""
+GATE_LOADER = """\
+with open(f"{folder}/routing.json") as file:
+    routing = json.load(file)
+members = []
+for e in range(routing["experts"]):
+    shared = {id(weight): weight for weight in base.parameters()}
+    own = deepcopy(base, shared)  # modules of its own, the same weights
+    members.append(PeftModel.from_pretrained(own, f"{folder}/expert_{e}").eval())
+
+
+def route(name, router):
+    layers = [member.base_model.model.get_submodule(name) for member in members]
+
+    def routed(x):
+        weights, experts = (x.float() @ router.to(x.device).T).softmax(-1).topk(routing["top_k"])
+        weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+        y = 0
+        for e, layer in enumerate(layers):
+            y = y + layer(x) * (weights * (experts == e)).sum(-1, keepdim=True)
+        return y
+
+    base.get_submodule(name).forward = routed
+
+
+for name, router in load_file(f"{folder}/router.safetensors").items():
+    route(name, router)
+model = base.eval()"""
+"""Of meteora. Members of several methods, which one PeftModel cannot hold, each have one of their own."""
 SWITCH_LOADER = f"""\
 {PARTS}
 ((name, router),) = load_file(f"{{folder}}/router.safetensors").items()
@@ -71,7 +99,7 @@ for module in list(base.modules()):
     if hasattr(module, "set_adapter") and hasattr(module, "base_layer"):
         route(module)"""
 """Of switch: the router reads the input of the first adapted layer, and its choice holds in all of them."""
-LOADERS = {"mixlora": LOADER, "meteora": LOADER, "switch": SWITCH_LOADER}
+LOADERS = {"mixlora": LOADER, "meteora": GATE_LOADER, "switch": SWITCH_LOADER}
 """Method -> the lines that load it. Needs `folder` and `base`."""
 
 
@@ -81,9 +109,11 @@ def loading_lines(
     """The lines that load a routed adapter as `model`. base: arguments of from_pretrained; reader: the class
     of the tokenizer; source, subfolder: a local folder, or a repository on the hub and a folder there."""
     imports = [*IMPORTS, f"from transformers import AutoModelForCausalLM, {reader}"]
+    if method == "meteora":
+        imports.insert(1, "from copy import deepcopy")
     folder = python_literal(source)
     if source.count("/") == 1 and not source.startswith((".", "/")):
-        imports.insert(2, "from huggingface_hub import snapshot_download")
+        imports.insert(imports.index("") + 1, "from huggingface_hub import snapshot_download")
         folder = f"snapshot_download({folder})"
         if subfolder is not None:
             folder += f" + {python_literal('/' + subfolder)}"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.layer import AdapterLinear
+from flora_train.adapters.pool import Pool
 from flora_train.adapters.targets import dense_weight
 from flora_train.config.errors import user_error
 from flora_train.federated.fedex import Residual
@@ -38,6 +40,18 @@ def add_to_base(bank: AdapterBank, residuals: Mapping[str, Residual]) -> None:
         layer = bank.model.get_submodule(module)
         assert isinstance(layer, AdapterLinear)
         if is_quantized(layer.base_layer):
-            raise user_error("federated.algorithm", "fedex", f"cannot change {module}, which is quantized")
-        weight = dense_weight(layer.base_layer, layer.target)
+            raise user_error("algorithm", "fedex", f"cannot change {module}, which is quantized")
+        weight = adapted_weight(bank, module)
         weight.add_(residual.dense().to(weight))
+
+
+def adapted_weight(bank: AdapterBank, module: str) -> Tensor:
+    """The weight of the base's layer that adapters attach to, [out, in]. Writing into it changes the base."""
+    layer = bank.model.get_submodule(module)
+    assert isinstance(layer, AdapterLinear)
+    return dense_weight(layer.base_layer, layer.target).detach()
+
+
+def adapted_weights(bank: AdapterBank, pool: Pool) -> dict[str, Tensor]:
+    """Module -> `adapted_weight`, of the layers of a pool."""
+    return {module: adapted_weight(bank, module) for module in pool.targets}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import inf, isfinite
 
 import torch
@@ -20,8 +20,10 @@ class BaseTraining:
     The base is clipped by its own norm, and the head by its own, as adapters are.
     """
 
-    def __init__(self, trainer: Trainer, client: Client) -> None:
-        self.trainer, self.client = trainer, client
+    def __init__(
+        self, trainer: Trainer, client: Client, after_step: Callable[[], None] = lambda: None
+    ) -> None:
+        self.trainer, self.client, self.after_step = trainer, client, after_step
         self.adapter = trainer.bank.id_of(client.adapter)
         self.spec = trainer.bank.specs[self.adapter]
         self.parameters: dict[str, nn.Parameter] = dict(trainer.model.named_parameters())
@@ -71,6 +73,7 @@ class BaseTraining:
                 group["lr"] = learning_rate(self.spec, taken - 1)
             self.optimizer.step()
         self.optimizer.zero_grad()
+        self.after_step()
 
 
 @torch.no_grad()

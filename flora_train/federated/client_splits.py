@@ -94,7 +94,7 @@ def natural_split(
     members: dict[str, list[int]] = {}
     for index, owner in enumerate(owners):
         if not owner:
-            raise user_error("federated.client_column", None, f"example {index} has no client")
+            raise user_error("owners", None, f"example {index} has no client")
         members.setdefault(str(owner), []).append(index)
     enough = sorted(name for name, found in members.items() if len(found) >= least)
     count = len(enough) if clients is None else clients

@@ -7,7 +7,8 @@ one state, and the time of a round is the sum of theirs.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 
 import torch
@@ -31,13 +32,26 @@ class FullFineTuning:
         trainer: Its bank has an adapter of method `head` for every client, whose rates, decay and clip norm
             count for the base, too.
         clients: All clients.
-        options: Rounds. Their algorithm, clients_at_once and failed_rounds do not count.
+        options: Rounds. Their algorithm and clients_at_once do not count.
+        first_round: Number of the first round of this object.
+        failures: Rounds before it that changed nothing.
+        after_step: Called after every local step; it may raise an exception to stop.
 
     Raises:
         UserError: An adapter is not of method head, or there are fewer clients than asked for.
     """
 
-    def __init__(self, trainer: Trainer, clients: Sequence[Client], options: RoundOptions) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        clients: Sequence[Client],
+        options: RoundOptions,
+        *,
+        first_round: int = 0,
+        failures: int = 0,
+        after_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.first_round, self.failures, self.after_step = first_round, failures, after_step
         self.trainer, self.bank, self.options = trainer, trainer.bank, options
         self.clients = {client.name: client for client in clients}
         for client in clients:
@@ -47,6 +61,8 @@ class FullFineTuning:
         options.choose(self.clients, 0)
         self.head = read_values(self.bank, clients[0].adapter)
         self.records: list[RoundRecord] = []
+        self.changed: set[str] = set()
+        """Parameters of the base that are averages of clients."""
 
     def round(self) -> RoundRecord:
         """Run one round.
@@ -55,35 +71,36 @@ class FullFineTuning:
             Its record. Bytes are those of the weights that got a gradient, and of the head.
 
         Raises:
-            UserError: Fewer clients than `min_clients` have weights that can be used. The model is then as
-                before the round.
+            UserError: More rounds than `failed_rounds` had fewer clients than `min_clients` whose weights can
+                be used. The model is then as before the round.
         """
-        number, begun = len(self.records), time.monotonic()
+        number, begun = self.first_round + len(self.records), time.monotonic()
         start = {name: own.detach().clone() for name, own in self.trainer.model.named_parameters()}
-        sums: dict[str, Tensor] = {}
+        average = _Average(start)
         outcomes: list[ClientOutcome] = []
         for name in self.options.choose(self.clients, number):
             client = self.clients[name]
             write_values(self.bank, client.adapter, self.head)
-            training = BaseTraining(self.trainer, client)
+            training = BaseTraining(self.trainer, client, self.after_step)
             result = training.run(self.options.local, round_number=number, seed=self.options.seed)
             values = training.values()
             outcomes.append(_outcome(client, result, values))
             if outcomes[-1].status == "accepted":
-                _add(sums, values, len(client.examples))
+                average.add(values, len(client.examples))
             load_base(self.trainer.model, start)
         trained = time.monotonic()
-        self._finish(sums, outcomes)
+        failure = self._finish(average, outcomes)
         accepted = [outcome for outcome in outcomes if outcome.status == "accepted"]
         record = RoundRecord(
             round=number,
             outcomes=tuple(outcomes),
-            loss=mean_loss([(outcome.loss, outcome.examples) for outcome in accepted]),
+            loss=None if failure else mean_loss([(own.loss, own.examples) for own in accepted]),
             bytes_up=sum(outcome.bytes_up for outcome in outcomes),
             bytes_down=sum(outcome.bytes_down for outcome in outcomes),
             left_out=None,
             seconds_clients=trained - begun,
             seconds_server=time.monotonic() - trained,
+            failure=failure,
         )
         self.records.append(record)
         return record
@@ -92,19 +109,54 @@ class FullFineTuning:
         """Write the global head into an adapter of the bank, to evaluate it on the global base."""
         write_values(self.bank, adapter, self.head)
 
-    def _finish(self, sums: Mapping[str, Tensor], outcomes: Sequence[ClientOutcome]) -> None:
-        """The averages become the base and the head. sums: of values times examples."""
-        accepted = [outcome for outcome in outcomes if outcome.status == "accepted"]
-        if len(accepted) < max(1, self.options.min_clients):
-            reasons = "; ".join(
-                f"{outcome.client}: {outcome.reason}" for outcome in outcomes if outcome.reason
+    def _finish(self, average: _Average, outcomes: Sequence[ClientOutcome]) -> str:
+        """The averages become the base and the head. Returns why they do not; empty if they do."""
+        accepted = sum(outcome.status == "accepted" for outcome in outcomes)
+        if accepted < max(1, self.options.min_clients):
+            reasons = [f"{outcome.client}: {outcome.reason}" for outcome in outcomes if outcome.reason]
+            hint = (
+                f"{accepted} of {len(outcomes)} clients have weights that can be used: {'; '.join(reasons)}"
             )
-            hint = f"{len(accepted)} of {len(outcomes)} clients have weights that can be used: {reasons}"
-            raise user_error("federated.min_clients", self.options.min_clients, hint)
-        examples = sum(outcome.examples for outcome in accepted)
-        means = {name: total / examples for name, total in sums.items()}
+            error = user_error("federated.min_clients", self.options.min_clients, hint)
+            self.failures += 1
+            if self.failures > self.options.failed_rounds:
+                raise error
+            return str(error)
+        means = average.means()
         load_base(self.trainer.model, means)
+        self.changed |= means.keys() & average.start.keys()
         self.head = self.head.map(lambda name, tensor: means[name].to(tensor))
+        return ""
+
+
+class _Average:
+    """The mean of the clients' values, by examples. A client that did not train a parameter of the base
+    counts with the value that it began with."""
+
+    def __init__(self, start: Mapping[str, Tensor]) -> None:
+        self.start = start
+        self._sums: dict[str, Tensor] = {}
+        self._examples: Counter[str] = Counter()
+        self._total = 0
+
+    def add(self, values: Mapping[str, Tensor], examples: int) -> None:
+        """Add a client's values, in float64."""
+        self._total += examples
+        for name, tensor in values.items():
+            if name not in self._sums:
+                self._sums[name] = torch.zeros_like(tensor, dtype=torch.float64)
+            self._sums[name].add_(tensor.double(), alpha=examples)
+            self._examples[name] += examples
+
+    def means(self) -> dict[str, Tensor]:
+        """Name -> mean, float64, of everything that some client trained."""
+        means = {}
+        for name, total in self._sums.items():
+            untrained = self._total - self._examples[name]
+            if untrained:
+                total = total + untrained * self.start[name].double()
+            means[name] = total / self._total
+        return means
 
 
 def _outcome(client: Client, result: LocalResult, values: Mapping[str, Tensor]) -> ClientOutcome:
@@ -122,11 +174,3 @@ def _outcome(client: Client, result: LocalResult, values: Mapping[str, Tensor]) 
         bytes_up=size,
         bytes_down=size,
     )
-
-
-def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor], examples: int) -> None:
-    """sums += examples * values, in float64."""
-    for name, tensor in values.items():
-        if name not in sums:
-            sums[name] = torch.zeros_like(tensor, dtype=torch.float64)
-        sums[name].add_(tensor.double(), alpha=examples)

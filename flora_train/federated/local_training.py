@@ -46,7 +46,7 @@ class LocalSteps:
             if value < 1:
                 raise user_error(f"federated.{key}", value, "must be at least 1")
         if self.steps is not None and not 1 <= self.steps < ROUND_STEPS:
-            raise user_error("federated.local_steps", self.steps, f"must be 1 to {ROUND_STEPS - 1:,}")
+            raise user_error("training.steps", self.steps, f"must be 1 to {ROUND_STEPS - 1:,}")
 
     def batches(self, client: Client, round_number: int, seed: int) -> list[tuple[int, ...]]:
         """The examples of each step of one client, which depend on seed, client and round alone."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from flora_train.adapters.spec import AdapterSpec
@@ -22,6 +24,13 @@ from flora_train.federated.updates import ClientOutcome, ClientUpdate, sort_upda
 from flora_train.training.trainer import Trainer
 
 Fact = str | int | float
+
+LONGEST_TEXT = 400
+"""Characters of what a client says that are kept."""
+MOST_EXAMPLES = 10**9
+"""The largest number of examples that a client may state where the server does not know it."""
+LARGEST_LOSS = 1e6
+"""A mean loss beyond it counts as missing, so that one client does not hide those of the others."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,9 @@ def answer_of(
     return Answer(to_arrays(read_values(trainer.bank, client.adapter)), facts)
 
 
-def update_of(client: str, spec: AdapterSpec, answer: Answer, state: GlobalState) -> ClientUpdate:
+def update_of(
+    client: str, spec: AdapterSpec, answer: Answer, state: GlobalState, *, known_examples: int | None = None
+) -> ClientUpdate:
     """The update in a client's answer, which `sort_updates` then accepts or excludes.
 
     Args:
@@ -94,21 +105,29 @@ def update_of(client: str, spec: AdapterSpec, answer: Answer, state: GlobalState
         spec: Its adapter, as the server knows it.
         answer: That arrived.
         state: The server's state.
+        known_examples: The number of its examples, where the server knows it. Otherwise that which it states
+            is trusted, up to MOST_EXAMPLES: it is the client's weight in averages.
 
     Returns:
         The update.
 
     Raises:
-        UserError: The answer has another number of tensors, or facts that are not what they should be.
+        UserError: The answer has another number of tensors, states more examples than there are, or facts
+            that are not what they should be.
     """
     facts = answer.facts
     examples, loss = facts.get("examples"), facts.get("loss")
-    if not isinstance(examples, int):
+    if not isinstance(examples, int) or isinstance(examples, bool):
         raise user_error(f"{client}: examples", examples, "must be the number of its examples")
+    if known_examples is not None and examples > known_examples:
+        hint = f"are more than the {known_examples:,} that the server's data has for this client"
+        raise user_error(f"{client}: examples", examples, hint)
+    if examples > MOST_EXAMPLES:
+        hint = f"are more than {MOST_EXAMPLES:,}, the most that a client may state"
+        raise user_error(f"{client}: examples", examples, hint)
     if facts.get("method") != spec.method:
         raise user_error(f"{client}: method", facts.get("method"), f"the server expects {spec.method}")
-    mask = facts.get("mask")
-    failure = facts.get("failure")
+    mask, failure = facts.get("mask"), facts.get("failure")
     return ClientUpdate(
         client,
         spec,
@@ -116,13 +135,39 @@ def update_of(client: str, spec: AdapterSpec, answer: Answer, state: GlobalState
         values=from_arrays(answer.arrays, values_for(state, spec)),
         base=str(facts.get("base", "")),
         mask=None if mask is None else str(mask),
-        loss=float(loss) if isinstance(loss, int | float) else None,
-        failure="" if failure is None else str(failure),
+        loss=_usable_loss(loss),
+        failure="" if failure is None else told(failure),
+        received=bytes_of(answer),
     )
 
 
+def bytes_of(answer: Answer) -> int:
+    """Bytes of the arrays of an answer, as they arrived."""
+    return sum(array.nbytes for array in answer.arrays if isinstance(array, np.ndarray))
+
+
+def told(text: object) -> str:
+    """What a client says, as one line of bounded length that can be logged."""
+    line = "".join(letter if letter.isprintable() else " " for letter in str(text)[:LONGEST_TEXT])
+    return line.strip() or "no reason is given"
+
+
+def _usable_loss(fact: Fact | None) -> float | None:
+    if isinstance(fact, bool) or not isinstance(fact, int | float):
+        return None
+    if not abs(fact) <= LARGEST_LOSS:  # NaN, too
+        return None
+    return float(fact)
+
+
 def collect_answers(
-    chosen: Sequence[str], answers: Mapping[str, Answer], specs: Mapping[str, AdapterSpec], state: GlobalState
+    chosen: Sequence[str],
+    answers: Mapping[str, Answer],
+    specs: Mapping[str, AdapterSpec],
+    state: GlobalState,
+    *,
+    failed: Mapping[str, ClientOutcome] = MappingProxyType({}),
+    known_examples: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[list[ClientUpdate], list[ClientOutcome]]:
     """The usable updates of a round, and the outcome of every client: no answer stops a round.
 
@@ -131,22 +176,28 @@ def collect_answers(
         answers: Client -> what arrived from it.
         specs: Client -> its adapter, as the server knows it. Others are not known.
         state: The server's state.
+        failed: Client -> its outcome, where nothing arrived that is an answer.
+        known_examples: Client -> the number of its examples, of those where the server knows it.
 
     Returns:
         As `sort_updates`.
     """
-    updates, unreadable = [], {}
+    updates, unreadable = [], dict(failed)
     strangers = []
     for client, answer in answers.items():
-        sent = sum(array.nbytes for array in answer.arrays)
+        sent = bytes_of(answer)
         if client not in chosen or client not in specs:
             reason = "it was not chosen for this round"
             strangers.append(ClientOutcome(client, "excluded", reason, bytes_up=sent))
             continue
+        known = known_examples.get(client)
         try:
-            updates.append(update_of(client, specs[client], answer, state))
+            updates.append(update_of(client, specs[client], answer, state, known_examples=known))
         except UserError as error:
-            unreadable[client] = ClientOutcome(client, "excluded", str(error), bytes_up=sent)
+            unreadable[client] = ClientOutcome(client, "excluded", told(error), bytes_up=sent)
+        except Exception as error:  # whatever a client sends, the round goes on with the others
+            reason = f"its answer cannot be read ({type(error).__name__})"
+            unreadable[client] = ClientOutcome(client, "excluded", reason, bytes_up=sent)
     expected = {client: expected_of(state, specs[client]) for client in chosen}
     accepted, outcomes = sort_updates(chosen, updates, expected, unreadable=unreadable)
     return accepted, outcomes + strangers

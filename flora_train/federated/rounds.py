@@ -49,6 +49,18 @@ class RoundOptions:
         return chosen
 
 
+@dataclass
+class ServerProgress:
+    """How far rounds have come, beside the global adapter: what a resumed run needs."""
+
+    round: int = 0
+    """The next round, from 0."""
+    failures: int = 0
+    """Rounds that changed nothing."""
+    unseen: dict[str, int] = field(default_factory=dict)
+    """Client -> bytes of residuals since it last took part, which it gets with the next values."""
+
+
 @dataclass(frozen=True)
 class RoundRecord:
     """What happened in one round."""

@@ -20,10 +20,10 @@ def check_algorithm(algorithm: str, spec: AdapterSpec) -> None:
     """Raises UserError if the algorithm is unknown, or cannot average adapters of this method."""
     if algorithm not in ALGORITHMS:
         hint = f"is one of {choices(ALGORITHMS)}.{did_you_mean(algorithm, ALGORITHMS)}"
-        raise user_error("federated.algorithm", algorithm, hint)
+        raise user_error("algorithm", algorithm, hint)
     if spec.method not in ALGORITHMS[algorithm]:
         able = choices(name for name, methods in ALGORITHMS.items() if spec.method in methods)
-        raise user_error("federated.algorithm", algorithm, f"cannot average {spec.method} ({able} can)")
+        raise user_error("algorithm", algorithm, f"cannot average {spec.method} ({able} can)")
 
 
 def check_client(algorithm: str, spec: AdapterSpec, own: AdapterSpec) -> None:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from math import isfinite
 
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.config.errors import UserError, user_error
+from flora_train.config.errors import user_error
 from flora_train.federated.bank_values import add_to_base, read_values, write_values
 from flora_train.federated.local_training import Client, LocalResult, train_clients
-from flora_train.federated.rounds import RoundOptions, RoundRecord, mean_loss
-from flora_train.federated.server import Aggregation, aggregate
-from flora_train.federated.server_checks import check_algorithm, check_client, check_ranks
+from flora_train.federated.round_server import RoundAnswers, RoundServer
+from flora_train.federated.rounds import RoundOptions, RoundRecord, ServerProgress
 from flora_train.federated.state import GlobalState, expected_of, values_for
-from flora_train.federated.updates import ClientOutcome, ClientUpdate, check_enough, sort_updates
+from flora_train.federated.updates import ClientUpdate, sort_updates
 from flora_train.training.heldout import HeldOut
 from flora_train.training.trainer import Trainer
-
-logger = logging.getLogger(__name__)
 
 Deliver = Callable[[ClientUpdate], ClientUpdate | None]
 """What the server gets of an update that a client sent; None: nothing."""
@@ -35,6 +30,8 @@ class Simulation:
         state: The server's state, from `initial_state` or an earlier stage.
         options: How rounds are run.
         deliver: Stands for the network. Default: all updates arrive as they were sent.
+        progress: Where an earlier simulation ended. Default: before the first round.
+        after_step: Called after every local step; it may raise an exception to stop.
 
     Raises:
         UserError: Fewer clients than asked for, an algorithm that cannot average the method or the ranks, a
@@ -49,16 +46,42 @@ class Simulation:
         *,
         options: RoundOptions,
         deliver: Deliver = lambda update: update,
+        progress: ServerProgress | None = None,
+        after_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.trainer, self.bank = trainer, trainer.bank
         self.clients = {client.name: client for client in clients}
-        self.state = state
-        self.options = options
         self.deliver = deliver
+        self.after_step = after_step
         self.records: list[RoundRecord] = []
-        self._unseen: dict[str, int] = dict.fromkeys(self.clients, 0)
-        """Client -> bytes of residuals since it last took part, which it gets with the next values."""
+        """Of the rounds that this simulation ran."""
         self._check(clients)
+        self.server = RoundServer(
+            state,
+            {client.name: self._spec(client.name) for client in clients},
+            options=options,
+            change_base=lambda residuals: add_to_base(self.bank, residuals),
+            progress=progress,
+        )
+
+    @property
+    def state(self) -> GlobalState:
+        """The server's state after the last round."""
+        return self.server.state
+
+    @state.setter
+    def state(self, state: GlobalState) -> None:
+        self.server.state = state
+
+    @property
+    def progress(self) -> ServerProgress:
+        """How far rounds have come."""
+        return self.server.progress
+
+    @property
+    def options(self) -> RoundOptions:
+        """How rounds are run."""
+        return self.server.options
 
     def _check(self, clients: Sequence[Client]) -> None:
         if self.bank.pager is not None:
@@ -69,13 +92,9 @@ class Simulation:
             raise user_error("clients", len(clients), "two clients have the same name")
         if len({client.adapter for client in clients}) < len(clients):
             raise user_error("clients", len(clients), "two clients have the same adapter")
-        check_algorithm(self.options.algorithm, self.state.spec)
-        check_ranks(self.options.algorithm, self.state)
-        self.options.choose(self.clients, 0)
         for client in clients:
-            spec = self._spec(client.name)
-            check_client(self.options.algorithm, self.state.spec, spec)
-            _check_examples(client, len(self.trainer.tasks[spec.task].train))
+            task = self._spec(client.name).task
+            _check_examples(client, len(self.trainer.tasks[task].train))
 
     def run(self, rounds: int) -> list[RoundRecord]:
         """Run further rounds.
@@ -93,28 +112,15 @@ class Simulation:
 
     def round(self) -> RoundRecord:
         """Run one round: broadcast, local steps, server step. Raises UserError as `run` does."""
-        number, begun = len(self.records), time.monotonic()
-        chosen = self.options.choose(self.clients, number)
+        number, begun = self.progress.round, time.monotonic()
+        chosen = self.server.choose()
         sent = {name: self._broadcast(name) for name in chosen}
         results = self._train(chosen, number)
         answers = [self.deliver(self._update_of(name, results[name])) for name in chosen]
         expected = {name: expected_of(self.state, self._spec(name)) for name in chosen}
-        trained = time.monotonic()
         arrived = [answer for answer in answers if answer is not None]
         accepted, outcomes = sort_updates(chosen, arrived, expected)
-        outcomes = [replace(outcome, bytes_down=sent.get(outcome.client, 0)) for outcome in outcomes]
-        aggregation, failure = self._server_step(accepted, outcomes)
-        record = RoundRecord(
-            round=number,
-            outcomes=tuple(outcomes),
-            loss=None if failure else mean_loss([(own.loss, own.examples) for own in accepted]),
-            bytes_up=sum(outcome.bytes_up for outcome in outcomes),
-            bytes_down=sum(outcome.bytes_down for outcome in outcomes),
-            left_out=_largest(aggregation),
-            seconds_clients=trained - begun,
-            seconds_server=time.monotonic() - trained,
-            failure=failure,
-        )
+        record = self.server.finish(RoundAnswers(accepted, outcomes, sent, begun))
         self.records.append(record)
         return record
 
@@ -143,7 +149,7 @@ class Simulation:
         """Write the global values into the client's row; the bytes that it gets."""
         values = values_for(self.state, self._spec(client))
         write_values(self.bank, self.clients[client].adapter, values)
-        unseen, self._unseen[client] = self._unseen[client], 0
+        unseen, self.progress.unseen[client] = self.progress.unseen[client], 0
         return values.nbytes + unseen
 
     def _train(self, chosen: Sequence[str], number: int) -> dict[str, LocalResult]:
@@ -152,7 +158,12 @@ class Simulation:
         for start in range(0, len(chosen), at_once):
             group = [self.clients[name] for name in chosen[start : start + at_once]]
             results |= train_clients(
-                self.trainer, group, self.options.local, round_number=number, seed=self.options.seed
+                self.trainer,
+                group,
+                self.options.local,
+                round_number=number,
+                seed=self.options.seed,
+                after_step=self.after_step,
             )
         return results
 
@@ -168,28 +179,6 @@ class Simulation:
             failure=result.failure or "",
         )
 
-    def _server_step(
-        self, accepted: Sequence[ClientUpdate], outcomes: Sequence[ClientOutcome]
-    ) -> tuple[Aggregation | None, str]:
-        for outcome in outcomes:
-            if outcome.status != "accepted":
-                logger.warning(
-                    f"round {len(self.records)}: {outcome.client} is {outcome.status}: {outcome.reason}"
-                )
-        try:
-            check_enough(accepted, outcomes, self.options.min_clients)
-        except UserError as error:
-            failed = 1 + sum(bool(record.failure) for record in self.records)
-            if failed > self.options.failed_rounds:
-                raise
-            return None, str(error)
-        aggregation = aggregate(self.state, accepted, self.options.algorithm)
-        add_to_base(self.bank, aggregation.state.residuals)
-        self.state = aggregation.state
-        for client in self._unseen:
-            self._unseen[client] += self.state.residual_bytes
-        return aggregation, ""
-
 
 def _check_examples(client: Client, available: int) -> None:
     if not client.examples:
@@ -197,9 +186,3 @@ def _check_examples(client: Client, available: int) -> None:
     outside = [example for example in client.examples if not 0 <= example < available]
     if outside:
         raise user_error(client.name, outside[0], f"its task has {available} training examples, from 0 on")
-
-
-def _largest(aggregation: Aggregation | None) -> float | None:
-    if aggregation is None or not aggregation.left_out:
-        return None
-    return max(aggregation.left_out.values())

@@ -34,6 +34,13 @@ class ClientUpdate:
     """Mean training loss of the round; None if it was not finite."""
     failure: str = ""
     """Why its values are worth nothing, where the client itself knows."""
+    received: int | None = None
+    """Bytes of the values as they arrived; None: those of `values`, which did not travel."""
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes of the values that it sent."""
+        return self.values.nbytes if self.received is None else self.received
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,7 @@ def _outcome(update: ClientUpdate, reason: str | None) -> ClientOutcome:
         reason or "",
         examples=update.examples,
         loss=update.loss,
-        bytes_up=update.values.nbytes,
+        bytes_up=update.bytes_up,
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flora_train.kernels.autocast import autocast_disabled, no_autocast
 from flora_train.kernels.segments import Segments
 
 UNUSED = -1
@@ -116,10 +117,12 @@ class CombinePairs(torch.autograd.Function):
         ctx.save_for_backward(values, weights)
         ctx.pairs = pairs
         slots = _by_slot(values, pairs)
-        return torch.bmm(weights.to(values.dtype)[:, None], slots)[:, 0]
+        with no_autocast(values):
+            return torch.bmm(weights.to(values.dtype)[:, None], slots)[:, 0]
 
     @staticmethod
     @once_differentiable
+    @autocast_disabled
     def backward(ctx: Any, dtokens: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         values, weights = ctx.saved_tensors
         pairs: Pairs = ctx.pairs

@@ -70,6 +70,8 @@ def fingerprint(model: nn.Module) -> str:
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
     """Flat parts of at most 64 MiB, so that no large weight is copied as a whole."""
     flat = tensor.reshape(-1)
+    if not flat.numel():  # whose stride cannot be that of bytes
+        return
     yield from flat.split(max(1, (64 << 20) // max(1, tensor.element_size())))
 
 

@@ -30,6 +30,9 @@ LOCK_TIMEOUT = 60.0
 LONGEST_ENDING = "..safetensors.4194304.tmp"
 """What is added to an adapter's name in the names of its files, at most."""
 
+FEDERATED_RESULTS = "eval/federated.json"
+"""What federated runs write instead of eval/report.json."""
+
 BY_HAND = "delete the folder by hand, or choose another output_dir"
 
 RunStatus = Literal["new", "interrupted", "finished", "extended"]
@@ -212,9 +215,26 @@ class RunFolder(RunFiles):
 
 
 def open_run(path: str | os.PathLike[str]) -> tuple[RunFolder, RunConfig]:
-    """A run on disk and its configuration. Raises UserError if the folder holds none."""
+    """A run on disk and its configuration.
+
+    Raises UserError if the folder holds none, or a federated run: that has the global adapters of several
+    strategies, and no bank of adapters that each learn a task.
+    """
     folder = open_run_folder(path)
-    return folder, load_saved(folder.config)
+    config = load_saved(folder.config)
+    if config.federated is not None:
+        hint = (
+            f"is a federated run: flora-train report {path} shows its results, and its global adapters are "
+            f"PEFT folders in {folder.adapters}, which PEFT loads; those of texts can be served from there "
+            "with flora-train serve"
+        )
+        raise user_error("run", str(path), hint)
+    return folder, config
+
+
+def is_federated(folder: RunFolder) -> bool:
+    """Whether the run of a folder is one of federated rounds, by the files that it writes."""
+    return folder.names([FEDERATED_RESULTS])
 
 
 def open_run_folder(path: str | os.PathLike[str]) -> RunFolder:

@@ -29,11 +29,11 @@ again.
 
 
 class Interrupted(Exception):
-    """A signal stopped the run, which is saved after `step` steps."""
+    """A signal stopped the run, which is saved after `step` steps (or rounds: `unit`)."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, unit: str = "step") -> None:
         self.step = step
-        super().__init__(f"stopped by a signal: saved after step {step}; resume=true continues from there")
+        super().__init__(f"stopped by a signal: saved after {unit} {step}; resume=true continues from there")
 
 
 class StopSignals:

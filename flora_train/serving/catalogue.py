@@ -14,6 +14,7 @@ from typing import Protocol
 
 from flora_train.adapters.peft_config import CONFIG, read_config
 from flora_train.adapters.peft_tensors import WEIGHTS
+from flora_train.adapters.routed.folder import ROUTING, is_routed_folder
 from flora_train.config.errors import UserError, choices, did_you_mean, user_error
 from flora_train.config.json_format import JsonValue, parse_object
 from flora_train.config.paths import exists, find_file
@@ -26,6 +27,10 @@ logger = logging.getLogger(__name__)
 VARIABLE = "FLORA_TRAIN_CATALOGUE"
 """Environment variable: the sources of a server's catalogue, separated as in PATH."""
 HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9._-]+/[A-Za-z0-9._-]+)(@(?P<revision>[A-Za-z0-9._/-]+))?")
+ROUTED_HINT = (
+    "is a routed adapter (routing.json), and vLLM has no router that chooses its experts for each token: use "
+    "flora-train chat with its run"
+)
 HUB_MANIFEST = "flora_train.json"
 """What `flora-train push` writes into a repository: its adapters and their names."""
 
@@ -114,8 +119,12 @@ class HubSource:
 
     @cached_property
     def _files(self) -> dict[str, dict[str, HubFile]]:
-        """Adapter -> name of each of its files -> the file in the repository."""
+        """Adapter -> name of each of its files -> the file in the repository. The parts of a routed adapter
+        are none."""
         folders: dict[str, dict[str, HubFile]] = {}
+        if any(file.path == ROUTING for file in self.snapshot.files()):
+            logger.warning(f"{self.repository} {ROUTED_HINT}")
+            return {}
         for file in self.snapshot.files():
             folder, _, name = file.path.rpartition("/")
             if name in (CONFIG, BASE_RECORD, *WEIGHTS) and "/" not in folder:
@@ -202,8 +211,12 @@ def open_source(source: str, key: str) -> AdapterSource:
             return FolderSource(source, files.adapters)
         if is_adapter(path):
             return SingleSource(source, path)
+        if is_routed_folder(path):
+            raise user_error(key, source, ROUTED_HINT)
         folder = FolderSource(source, path)
         if not folder.names():
+            if any(is_routed_folder(path / name) for name in _entries(path)):
+                raise user_error(key, source, f"has routed adapters only; each {ROUTED_HINT}")
             hint = f"is neither a run folder nor a folder of adapters: no folder in it has {CONFIG}"
             raise user_error(key, source, hint)
         return folder

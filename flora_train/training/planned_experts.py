@@ -23,6 +23,9 @@ class PlannedLayer(Protocol):
         output is used `repeats` times."""
         ...
 
+    def kept(self, x: Tensor, y: Tensor, features: int) -> Tensor:
+        """y as the output of an adapter that reads x and keeps `features` numbers for each token."""
+
 
 @dataclass(frozen=True)
 class ExpertShare:
@@ -39,7 +42,7 @@ class ExpertShare:
 
 
 def base_runs_once(experts: Experts) -> bool:
-    """Whether the frozen input layers of a block compute a token once for all its experts."""
+    """Whether the frozen layers of a block compute a token once for all its experts."""
     return experts.method != "flora"
 
 
@@ -87,6 +90,20 @@ class PlannedBlock:
                 parts.append(self.layers[name].adapted(tokens.repeat(k, 1), features))
         hidden = hidden_states(self.block.form, self._activation, parts)
         output = self.block.output
-        values = self.layers[output].adapted(hidden, share.features.get(output))
-        slots = values.view(k, len(tokens), -1)
-        return (slots * weights.T[:, :, None].to(slots.dtype)).sum(0)
+        features = share.features.get(output)
+        if not base_runs_once(experts):
+            return _combined(self.layers[output].adapted(hidden, features), weights)
+        layer = self.layers[output]
+        if features is not None and experts.method == "ia3":
+            hidden = layer.kept(hidden, 1.0 * hidden, features)
+        y = layer.adapted(_combined(hidden, weights), None)
+        if features is None or experts.method == "ia3":
+            return y
+        delta = layer.kept(hidden, y.new_zeros(len(hidden), y.shape[1]), features)
+        return y + _combined(delta, weights)
+
+
+def _combined(values: Tensor, weights: Tensor) -> Tensor:
+    """[k T, d] -> [T, d]: the weighted sum of the experts of each token. weights: [T, k]."""
+    slots = values.view(weights.shape[1], len(weights), -1)
+    return (slots * weights.T[:, :, None].to(slots.dtype)).sum(0)

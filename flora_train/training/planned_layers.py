@@ -55,8 +55,10 @@ class PlannedLinear(nn.Module):
         y = self.base(x)
         if repeats > 1:
             x, y = x.repeat(repeats, 1), y.repeat(repeats, 1)
-        if features is None:
-            return y
+        return y if features is None else self.kept(x, y, features)
+
+    def kept(self, x: Tensor, y: Tensor, features: int) -> Tensor:
+        """y as the output of an adapter that reads x and keeps `features` numbers for each token."""
         return _KeepsAsAdapter.apply(x, y, self.parameter, features)
 
 

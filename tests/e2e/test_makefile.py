@@ -21,6 +21,7 @@ PREREQUISITES = [
     "tests/trl/requirements.txt",
     "tests/lm_eval/requirements.txt",
     "tests/serving/requirements.txt",
+    "tests/flower/requirements.txt",
 ]
 
 

@@ -64,8 +64,9 @@ def test_every_module_is_imported_without_linux(tmp_path: Path) -> None:
         "    try:\n"
         "        importlib.import_module(name)\n"
         "    except ModuleNotFoundError as error:\n"
-        # these run in the environments of vLLM and lm_eval alone
-        "        folders = {'vllm': 'flora_train.serving.', 'lm_eval': 'flora_train.evaluation.harness.'}\n"
+        # these run in the environments of vLLM, lm_eval and Flower alone
+        "        folders = {'vllm': 'flora_train.serving.', 'lm_eval': 'flora_train.evaluation.harness.',\n"
+        "                   'flwr': 'flora_train.federated.flower.'}\n"
         "        if error.name not in folders or not name.startswith(folders[error.name]):\n"
         "            raise\n"
         "print(len(names))"

@@ -228,6 +228,24 @@ def mixture_lines() -> list[str]:
         "fused experts take adapters if they have transformers' layout (`use_experts_implementation`), and a",
         "probe shows that they compute what it says.",
         "",
+        "### Experts that are lists of linear layers",
+        "",
+        "No adapter is attached to a linear layer that gets the tokens of one expert, selected by index: it",
+        "does not see which rows they are of. Three families of the installed transformers have experts that",
+        "are modules (a test looks through its code for others):",
+        "",
+        "| family | why its experts take no adapters |",
+        "|---|---|",
+        "| `switch_transformers` | an encoder-decoder of texts, which no run trains: text runs make causal "
+        "batches. Its other layers take adapters |",
+        "| `nllb_moe` | likewise; besides, all rows of a batch share the capacity of an expert, so that rows "
+        "displace each other's tokens, and no row could equal itself alone |",
+        "| `vitpose_backbone` | reads images, which no run does |",
+        "",
+        "The other mixtures of transformers hold the weights of all experts in parameters. Code from the hub",
+        "(`model.trust_remote_code`) may have such lists where transformers' own class of the same model has",
+        "fused experts: leave that option out.",
+        "",
     ]
     return lines
 

@@ -9,21 +9,19 @@ method on a layer, the parameters are stacks, whose ranks are padded with zeros 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from flora_train.adapters.methods.base import AdapterMethod, Params, Site, Target
+from flora_train.adapters.methods.base import Params, Target
+from flora_train.adapters.methods.routed import ROUTER_DEVIATION, RoutedMethod
+from flora_train.adapters.methods.without_peft import WithoutPeftType
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.kernels.segments import Segments
 
 GATE = "gate"
 """Parameter of the gate: [N, in]."""
-GATE_DEVIATION = 0.02
-"""Standard deviation of a gate's initial values."""
 MemberKind = Literal["lora", "flora", "ia3_out", "ia3_in"]
 """Members whose parameters make one stack: IA3 that scales outputs, or inputs, are two kinds."""
 DOWN = {"lora": "lora_A", "flora": "flora_A"}
@@ -86,12 +84,12 @@ def member_views(params: Params, spec: AdapterSpec, target: Target, number: int)
     return None
 
 
-class Meteora(AdapterMethod):
+class Meteora(RoutedMethod, WithoutPeftType):
     """Members begin as the identity, until their values are read (`export/gate_members.py`)."""
 
     name = "meteora"
     lr_ratio_parameters = frozenset(UP.values())
-    merges = False
+    no_peft_type = "PEFT has no type for a gate over adapters: each of its members is an adapter of PEFT"
 
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:
         assert spec.gate is not None
@@ -116,34 +114,6 @@ class Meteora(AdapterMethod):
     def initialise(self, params: Params, spec: AdapterSpec, generator: torch.Generator) -> None:
         for name, tensor in params.items():
             if name == GATE:
-                tensor.normal_(std=GATE_DEVIATION, generator=generator)
+                tensor.normal_(std=ROUTER_DEVIATION, generator=generator)
             else:
                 tensor.fill_(float(name.startswith("ia3")))
-
-    def forward(
-        self,
-        x: Tensor,
-        site: Site,
-        params: Params,
-        *,
-        specs: Sequence[AdapterSpec],
-        feedforward: bool,
-        segments: Segments,
-    ) -> Tensor:
-        raise NotImplementedError("a layer with a gate needs the routing: run_gated computes it")
-
-    def merge(
-        self, weight: Tensor, bias: Tensor | None, params: Params, *, spec: AdapterSpec, feedforward: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError("the members that a token is sent to are known only when it is computed")
-
-    def peft_config(
-        self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]
-    ) -> dict[str, object]:
-        raise NotImplementedError("PEFT has no type for a gate over adapters")
-
-    def peft_tensors(self, params: Params, spec: AdapterSpec, feedforward: bool) -> dict[str, Tensor]:
-        raise NotImplementedError("PEFT has no type for a gate over adapters")
-
-    def from_peft(self, tensors: Params, spec: AdapterSpec, feedforward: bool) -> Params:
-        raise NotImplementedError("PEFT has no type for a gate over adapters")

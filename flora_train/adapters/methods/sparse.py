@@ -10,16 +10,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flora_train.adapters.methods.base import AdapterMethod, Params, Site, Target
+from flora_train.adapters.methods.base import Params, Site, Target
+from flora_train.adapters.methods.without_peft import WithoutPeftType
 from flora_train.adapters.sparse_mask import SparseMask
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.config.errors import UserError, user_error
+from flora_train.config.errors import user_error
 from flora_train.kernels.segments import Segments
 from flora_train.kernels.sparse.op import sparse_add
 
 
-class Sparse(AdapterMethod):
+class Sparse(WithoutPeftType):
     name = "sparse"
+    no_peft_type = "PEFT has no type for values at a mask of any density: export the LoRA that its SVD begins"
 
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:
         return {"v": (mask_of(spec).count(target.out_features * target.in_features),)}
@@ -51,25 +53,9 @@ class Sparse(AdapterMethod):
         merged[indices] += params["v"].to(wide)
         return merged.view(weight.shape).to(weight.dtype), bias
 
-    def peft_config(
-        self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]
-    ) -> dict[str, object]:
-        raise _no_peft_type(spec)
-
-    def peft_tensors(self, params: Params, spec: AdapterSpec, feedforward: bool) -> dict[str, Tensor]:
-        raise _no_peft_type(spec)
-
-    def from_peft(self, tensors: Params, spec: AdapterSpec, feedforward: bool) -> Params:
-        raise _no_peft_type(spec)
-
 
 def mask_of(spec: AdapterSpec) -> SparseMask:
     """The mask of a sparse adapter. Raises UserError if its specification has none."""
     if spec.mask is None:
         raise user_error("density", None, f"{spec.name} is sparse: give its density and the mask's seed")
     return spec.mask
-
-
-def _no_peft_type(spec: AdapterSpec) -> UserError:
-    hint = "PEFT has no type for values at a mask of any density: export the LoRA that its SVD begins"
-    return user_error("adapter", spec.name, hint)

@@ -9,29 +9,26 @@ the layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
-from flora_train.adapters.methods.base import AdapterMethod, Params, Site, Target
-from flora_train.adapters.methods.mixlora import (
+from flora_train.adapters.methods.base import Params, Target
+from flora_train.adapters.methods.routed import (
     ROUTER,
     ROUTER_DEVIATION,
+    MethodWithExperts,
     expert_method,
     initialise_experts,
 )
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.kernels.segments import Segments
 
 
-class Switch(AdapterMethod):
+class Switch(MethodWithExperts):
     """Parameters of every layer are stacks over the experts, [E, ...]; the first layer also has the
     router, [E, in]."""
 
     name = "switch"
-    lr_ratio_parameters = frozenset({"B"})
-    merges = False
     decides_once = True
 
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:
@@ -56,34 +53,3 @@ class Switch(AdapterMethod):
         initialise_experts(stacks, spec, generator, stacked=True)
         if ROUTER in params:
             params[ROUTER].normal_(std=ROUTER_DEVIATION, generator=generator)
-
-    def forward(
-        self,
-        x: Tensor,
-        site: Site,
-        params: Params,
-        *,
-        specs: Sequence[AdapterSpec],
-        feedforward: bool,
-        segments: Segments,
-    ) -> Tensor:
-        raise NotImplementedError("a layer needs the decision of the router: adapters/routed/switch.py")
-
-    def merge(
-        self, weight: Tensor, bias: Tensor | None, params: Params, *, spec: AdapterSpec, feedforward: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError("the experts that a token is sent to are known only when it is computed")
-
-    def peft_config(
-        self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]
-    ) -> dict[str, object]:
-        """That of one expert."""
-        return expert_method(spec).peft_config(spec, target_modules, feedforward_modules)
-
-    def peft_tensors(self, params: Params, spec: AdapterSpec, feedforward: bool) -> dict[str, Tensor]:
-        """Of one expert."""
-        return expert_method(spec).peft_tensors(params, spec, feedforward)
-
-    def from_peft(self, tensors: Params, spec: AdapterSpec, feedforward: bool) -> Params:
-        """Of one expert."""
-        return expert_method(spec).from_peft(tensors, spec, feedforward)

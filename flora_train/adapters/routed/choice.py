@@ -41,6 +41,8 @@ def router_logits(tokens: Tensor, routers: Tensor, segments: Segments) -> Tensor
     autocast."""
     wide = torch.promote_types(tokens.dtype, routers.dtype)
     with torch.autocast(tokens.device.type, enabled=False):
+        if len(segments) == 1:
+            return F.linear(tokens.to(wide), routers[0].to(wide))
         parts = tokens.to(wide).split(segments.lengths)
         of_adapters = routers.to(wide).unbind()
         return torch.cat([F.linear(part, router) for part, router in zip(parts, of_adapters, strict=True)])

@@ -17,15 +17,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from flora_train.adapters.methods.mixlora import ROUTER
+from flora_train.adapters.methods.routed import ROUTER
 from flora_train.adapters.routed.balance import (
     DrawTokens,
     probability_gradient,
-    real_tokens,
     record_load,
 )
 from flora_train.adapters.routed.choice import Choice, choose, router_logits
 from flora_train.adapters.routed.jitter import jittered
+from flora_train.adapters.routed.recording import record_choice
 from flora_train.adapters.routing import BatchRouting, Routing, Span
 from flora_train.kernels.expert_pairs import Pairs, group_pairs
 from flora_train.kernels.segments import Segments
@@ -79,7 +79,7 @@ def decide(
         choice = choose(router_logits(read, routers, segments), experts)
         if router.given_routes is not None:
             choice = with_routes(choice, router.given_routes(len(x)))
-    _record(choice, module, routing, span, router=router, tokens_per_row=tokens_per_row)
+    record_choice(router.recorder, choice, module, routing=routing, span=span, tokens_per_row=tokens_per_row)
     if learns:
         tokens = record_load(choice, module, routing, span, tokens_per_row=tokens_per_row)
         weights = choice.weights.detach().requires_grad_()
@@ -130,17 +130,3 @@ def _own_graph(learns: bool) -> Iterator[None]:
         torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.detach(), lambda saved: saved),
     ):
         yield
-
-
-@torch.no_grad()
-def _record(
-    choice: Choice, module: str, routing: Routing, span: Span, *, router: BatchRouting, tokens_per_row: int
-) -> None:
-    if router.recorder is None:
-        return
-    real = real_tokens(routing, span, tokens_per_row, choice.experts.device)
-    for k, first, end in span.segments.scaled(tokens_per_row):
-        experts, probabilities = choice.experts[first:end], choice.probabilities[first:end]
-        if real is not None:
-            experts, probabilities = experts[real[first:end]], probabilities[real[first:end]]
-        router.recorder.add(span.specs[k], module, experts=experts, probabilities=probabilities)

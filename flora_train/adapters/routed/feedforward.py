@@ -1,9 +1,11 @@
 """Feed-forward blocks with experts: computes the rows of routed adapters, and leaves all others to the block.
 
 The output of a block for a token is sum_e w_e FFN_e(x): each expert is the whole block with its own adapters
-on the block's layers. The base's products of the input layers are computed once for a token, whatever the
-number of its experts (those of LoRA and IA3); those of the output layer once for each pair of a token and an
-expert.
+on the block's layers. For experts of LoRA and IA3 the frozen layers are computed once for a token, whatever
+the number of its experts: those that read the block's input are the same for all of them, and the output
+layer is linear, so that sum_e w_e W2 h_e = W2 sum_e w_e h_e, with h_e the hidden features of an expert and
+its adapter on W2 beside it. fLoRA experts, whose W2 * (1 + B_e A_e) differ, are computed once for each pair
+of a token and an expert.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from flora_train.adapters.layer import AdapterLinear
-from flora_train.adapters.methods import Params, Site
-from flora_train.adapters.methods.mixlora import ROUTER, expert_method
+from flora_train.adapters.methods import Params, Site, Target
+from flora_train.adapters.methods.routed import ROUTER, expert_method
 from flora_train.adapters.pool import Pool
 from flora_train.adapters.routed.balance import with_balance
 from flora_train.adapters.routed.blocks import FeedForwardBlock, hidden_states
 from flora_train.adapters.routed.choice import Choice, choose, router_logits
-from flora_train.adapters.routed.few_tokens import add_experts, input_layer
+from flora_train.adapters.routed.few_tokens import add_experts, add_experts_of_pairs, is_few
 from flora_train.adapters.routed.jitter import jittered
 from flora_train.adapters.routed.recording import record_choice
 from flora_train.adapters.routing import BatchRouting, Routing, Span
@@ -34,10 +36,8 @@ from flora_train.kernels.expert_pairs import (
     group_pairs,
     pairs_in_order,
 )
-
-FEW_PAIRS = 32
-"""Pairs up to which, without gradients, each gets its expert's parameters instead of being sorted by
-expert."""
+from flora_train.kernels.ia3.op import ia3_scale
+from flora_train.kernels.lora.op import lora_add
 
 
 class ExpertBlock:
@@ -121,42 +121,44 @@ class ExpertBlock:
             span=span,
             tokens_per_row=tokens_per_row,
         )
-        # Reentrant checkpointing runs the first forward of a training step without gradients, too.
-        is_inference = not torch.is_grad_enabled() and routing.noise is None and routing.draws is None
-        is_few = is_inference and choice.experts.numel() <= FEW_PAIRS
-        if is_few and len(span.specs) == 1 and experts.method == "lora" and experts.top_p == 1.0:
+        few = is_few(choice, routing)
+        if few and len(span.specs) == 1 and experts.method == "lora" and experts.top_p == 1.0:
             return self._run_few(span, x, choice)
-        make = group_pairs
-        if is_few:
-            make = pairs_in_order
+        make = pairs_in_order if few else group_pairs
         pairs = make(choice.experts, segments, experts.count)
         run = _Experts(self, span, pairs, routing, tokens_per_row)
         hidden = hidden_states(self.block.form, self._activation, run.inputs(x))
-        y = combine_pairs(run.output(hidden), choice.weights, pairs)
+        y = run.output(hidden, choice.weights)
         return with_balance(y, choice, self.block.name, routing, span, tokens_per_row=tokens_per_row)
 
     def _run_few(self, span: Span, x: Tensor, choice: Choice) -> Tensor:
         """`_run` for few tokens [T, d] of one adapter with LoRA experts."""
-        experts = choice.experts.flatten()
+        experts, weights, slots = choice.experts, choice.weights, choice.experts.shape[1]
+        repeated = x if len(x) == 1 else x.repeat_interleave(slots, dim=0)
+        of_pairs = experts.reshape(-1, 1)
+        ones = torch.ones_like(of_pairs, dtype=weights.dtype)
 
-        def part(name: str) -> tuple[dict[str, Tensor] | None, float]:
+        def factors(name: str) -> tuple[Tensor, Tensor, float] | None:
             assert span.pool is not None
             if name not in span.pool.targets:
-                return None, 1.0
-            stacks = {param: stack[0] for param, stack in span.gather(name).items()}
-            return stacks, span.specs[0].at(name).scaling
+                return None
+            stacks = span.gather(name)
+            return stacks["A"][0], stacks["B"][0], span.specs[0].at(name).scaling
 
         parts = []
         for name in self.block.inputs:
-            stacks, scaling = part(name)
-            parts.append(input_layer(self.layers[name], x, stacks, experts, scaling=scaling))
+            part = self.layers[name].base_layer(x).repeat_interleave(slots, dim=0)
+            if (own := factors(name)) is not None:
+                A, B, scaling = own
+                part = add_experts(part, repeated, A, B, of_pairs, ones * scaling)
+            parts.append(part)
         hidden = hidden_states(self.block.form, self._activation, parts)
-        stacks, scaling = part(self.block.output)
-        y = self.layers[self.block.output].base_layer(hidden)
-        if stacks is not None:
-            y = add_experts(y, hidden, stacks, experts, scaling)
-        slots = y.view(len(x), -1, y.shape[1])
-        return torch.bmm(choice.weights.to(y.dtype)[:, None], slots)[:, 0]
+        weighted = torch.bmm(weights.to(hidden.dtype)[:, None], hidden.view(len(x), slots, -1))[:, 0]
+        y = self.layers[self.block.output].base_layer(weighted)
+        if (own := factors(self.block.output)) is not None:
+            A, B, scaling = own
+            y = add_experts_of_pairs(y, hidden, A, B, experts, weights * scaling)
+        return y
 
 
 class _Experts:
@@ -183,20 +185,48 @@ class _Experts:
             outputs.append(self._layer(name, gathered, base))
         return outputs
 
-    def output(self, hidden: Tensor) -> Tensor:
-        """[P, d] of the output layer, from its input [P, ff]."""
-        name = self.block.output
-        return self._layer(name, hidden, self.layers[name].base_layer)
+    def output(self, hidden: Tensor, weights: Tensor) -> Tensor:
+        """[T, d]: the weighted sum of the output layer of all experts. hidden: its input, [P, ff]; weights:
+        [T, k]."""
+        name, pairs = self.block.output, self.pairs
+        target, layer = self._adapted(name), self.layers[self.block.output]
+        if target is None:
+            return self._shared_base(hidden, weights)
+        spec = self.span.specs[0]
+        method = expert_method(spec).name
+        if method == "ia3":
+            assert target.feedforward  # its scales are of the layer's inputs
+            scales = self._params(name)["l"]
+            return self._shared_base(ia3_scale(hidden, scales, pairs.segments), weights)
+        if method != "lora":
+            return combine_pairs(self._layer(name, hidden, layer.base_layer), weights, pairs)
+        y, params = self._shared_base(hidden, weights), self._params(name)
+        delta = lora_add(
+            y.new_zeros(pairs.count, y.shape[1]),
+            self._dropped(hidden, name).to(y.dtype),
+            params["A"],
+            params["B"],
+            scaling=[spec.scaling for spec in self._specs(name)],
+            segments=pairs.segments,
+        )
+        return y + combine_pairs(delta, weights, pairs)
+
+    def _shared_base(self, hidden: Tensor, weights: Tensor) -> Tensor:
+        """[T, d]: sum_e w_e (W2 h_e + b) of the frozen output layer, from hidden [P, ff], in one product for
+        each token."""
+        layer = self.layers[self.block.output]
+        y: Tensor = layer.base_layer(combine_pairs(hidden, weights, self.pairs))
+        if layer.bias is None:
+            return y
+        # The weights add up to 1, but one expert alone has the gradient of its probability.
+        return y + ((weights.sum(1, keepdim=True) - 1.0) * layer.bias).to(y.dtype)
 
     def _layer(self, name: str, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
         """A layer of all pairs x [P, in]. base: what the frozen layer makes of them."""
-        target = self.pool.targets.get(name)
-        if target is None or target.block is None:
+        target = self._adapted(name)
+        if target is None:
             return base(x)
-        layer = self.layers[name]
-        stacks = self.span.gather(name)
-        params: Params = {param: self._of_segments(stack.flatten(0, 1)) for param, stack in stacks.items()}
-        specs = self._specs(name)
+        layer, params, specs = self.layers[name], self._params(name), self._specs(name)
         site = Site(
             base=base,
             weight=lambda: layer.weight_context(linear_dtype(x)),
@@ -206,6 +236,16 @@ class _Experts:
         return expert_method(specs[0]).forward(
             x, site, params, specs=specs, feedforward=target.feedforward, segments=self.pairs.segments
         )
+
+    def _adapted(self, name: str) -> Target | None:
+        """The layer as the adapters change it; None if they do not."""
+        target = self.pool.targets.get(name)
+        return None if target is None or target.block is None else target
+
+    def _params(self, name: str) -> Params:
+        """The parameters of the experts on a layer, of each segment of the pairs."""
+        stacks = self.span.gather(name)
+        return {param: self._of_segments(stack.flatten(0, 1)) for param, stack in stacks.items()}
 
     def _of_segments(self, stack: Tensor) -> Tensor:
         """[K E, ...] -> the entries of the segments of the pairs."""

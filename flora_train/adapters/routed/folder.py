@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from flora_train.adapters.peft_equivalents import PeftAdapter, as_lora
 from flora_train.adapters.peft_tensors import check_tensors, read_files
 from flora_train.adapters.routed.expert_names import SHARED, expert_name
 from flora_train.config.errors import first_line, user_error
+from flora_train.config.json_format import parse_object
 from flora_train.config.paths import find_file
 
 FORMAT = 1
@@ -52,6 +53,13 @@ class RoutingFile(BaseModel):
     """The modules whose input a router reads."""
     activation: str | None = None
     """Name of the activation of the experts; None: that of the base."""
+
+    @field_validator("top_p")
+    @classmethod
+    def _belongs_to_mixlora(cls, top_p: float, info: ValidationInfo) -> float:
+        if top_p < 1.0 and info.data.get("method") == "switch":
+            raise ValueError("has no meaning for method switch")
+        return top_p
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,9 @@ def _shapes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[int, ...]]
 
 def _read_routing(folder: Path, source: str, key: str) -> RoutingFile:
     try:
-        return RoutingFile.model_validate_json((folder / ROUTING).read_bytes())
+        content = (folder / ROUTING).read_bytes()
+        _refuse_gate(content, source, key)
+        return RoutingFile.model_validate_json(content)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "the file"
@@ -144,6 +154,19 @@ def _read_routing(folder: Path, source: str, key: str) -> RoutingFile:
         raise user_error(key, source, hint) from error
     except OSError as error:
         raise user_error(key, source, f"{ROUTING} cannot be read: {first_line(error)}") from error
+
+
+def _refuse_gate(content: bytes, source: str, key: str) -> None:
+    """Raises UserError for the routing.json of a gate: its members may differ in method and shape, and a new
+    gate over them needs nothing else of the folder."""
+    try:
+        routing = parse_object(content)
+    except ValueError:
+        return
+    if routing.get("method") == "meteora":
+        members = f"{source.rstrip('/')}/expert_0 and so on"
+        hint = "is a gate over adapters (meteora), and no adapter starts from one: set method to meteora, "
+        raise user_error(key, source, f"{hint}over to its members, {members}, and remove this key")
 
 
 def _read_tensors(file: Path, source: str, key: str) -> dict[str, Tensor]:

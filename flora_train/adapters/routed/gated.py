@@ -16,6 +16,7 @@ from torch import Tensor
 from flora_train.adapters.methods import METHODS, Params, Site
 from flora_train.adapters.methods.meteora import DOWN, GATE, UP, MemberStack, member_stacks
 from flora_train.adapters.routed.choice import Choice, choose, router_logits
+from flora_train.adapters.routed.few_tokens import is_few, shares
 from flora_train.adapters.routed.gate_loss import with_gate_loss
 from flora_train.adapters.routed.recording import record_choice
 from flora_train.adapters.routing import RouteRecorder, Routing, Span
@@ -41,13 +42,30 @@ def run_gated(
     spec = span.specs[0]
     assert spec.gate is not None
     segments = span.segments.scaled(tokens_per_row)
-    params = span.pool.gather(module, span.slots)
+    params = span.gather(module)
     logits = router_logits(x, params[GATE], segments)
     choice = choose(logits, spec.gate)
     record_choice(recorder, choice, module, routing=routing, span=span, tokens_per_row=tokens_per_row)
     stacks = member_stacks(spec, span.pool.targets[module])
+    is_lora = [stack.kind for stack in stacks] == ["lora"]
+    if is_lora and len(span.specs) == 1 and is_few(choice, routing):
+        return _few_lora(x, site, params, stacks[0], choice)
     y = _GatedTokens(x, site, params, choice=choice, segments=segments).output(stacks)
     return with_gate_loss(y, logits, module, routing, span, tokens_per_row=tokens_per_row)
+
+
+def _few_lora(x: Tensor, site: Site, params: Params, stack: MemberStack, choice: Choice) -> Tensor:
+    """The layer for few tokens [T, in] of one adapter whose members here are LoRA adapters, without
+    gradients."""
+    y, experts, weights = site.base(x), choice.experts, choice.weights
+    count, members = len(stack.numbers), choice.probabilities.shape[1]
+    if count < members:
+        experts = _places(stack.numbers, members, experts.device)[experts]
+        weights, experts = weights * (experts != UNUSED), experts.clamp_min(0)
+    scaled = shares(experts, count, weights.dtype, weights) * _scalings(stack, weights.dtype, y.device)
+    factors = scaled.repeat_interleave(stack.rank, dim=1).to(y.dtype)
+    A, B = params[DOWN["lora"]][0].to(y.dtype), params[UP["lora"]][0].to(y.dtype)
+    return torch.addmm(y, torch.mm(x.to(y.dtype), A.T) * factors, B.T)
 
 
 class _GatedTokens:
@@ -137,6 +155,13 @@ class _GatedTokens:
         )
         weights = self.choice.weights * (chosen != UNUSED)
         return combine_pairs(outputs, weights, pairs)
+
+
+@lru_cache(maxsize=4096)
+@torch.inference_mode(False)  # kept for training steps, too
+def _scalings(stack: MemberStack, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[n]: those of the members of a stack."""
+    return torch.tensor([spec.scaling for spec in stack.specs], dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=256)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flora_train.adapters.methods import METHODS
-from flora_train.adapters.methods.mixlora import ROUTER
+from flora_train.adapters.methods.routed import ROUTER
 from flora_train.adapters.peft_config import PeftConfig
 from flora_train.adapters.peft_tensors import PREFIX, suffixes_of, with_whole_names
 from flora_train.adapters.pool import Pool, build_pools
@@ -47,6 +47,7 @@ def read_source(source: str, key: str) -> RoutedAdapter:
         return read_published(source, key)
     if folder.exists():
         hint = "is not a routed adapter: it has neither a routing.json nor an adapter_config.json of MIXLORA"
+        hint += ": set method to that of the adapter, such as lora, or name another folder"
         raise user_error(key, source, hint)
     hint = "is no folder: a routed adapter starts from a folder; download it first (hf download)"
     raise user_error(key, source, hint)
@@ -71,7 +72,8 @@ def resolve_routed(
     resolved = adapter
     for source, theirs in routed.items():
         if theirs.routing.method != adapter.method:
-            hint = f"is a {theirs.routing.method} and an adapter of method {adapter.method} starts from one"
+            hint = f"is of method {theirs.routing.method}, and an adapter of method {adapter.method} starts "
+            hint += f"from one of its own method: set method to {theirs.routing.method}"
             raise user_error(key, source, hint)
         facts = _facts(theirs, modules)
         left_out = {name: facts[name] for name in KEYS if getattr(resolved, name) is None}

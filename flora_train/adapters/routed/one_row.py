@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.methods import Params, Site
-from flora_train.adapters.methods.mixlora import ROUTER, expert_method
+from flora_train.adapters.methods.routed import ROUTER, expert_method
 from flora_train.adapters.pool import Pool
 from flora_train.adapters.routed.choice import choose, router_logits
 from flora_train.adapters.routed.decision import with_routes

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flora_train.adapters.methods import METHODS, Target
 from flora_train.adapters.methods.meteora import GATE
-from flora_train.adapters.methods.mixlora import ROUTER
+from flora_train.adapters.methods.routed import ROUTER
 from flora_train.adapters.pool import Pool
 from flora_train.adapters.routed.expert_names import SHARED, expert_name
 from flora_train.adapters.routed.gate_parts import GatePart, gate_parts

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.merged import EXACT_DTYPES, adapted_layer, merged_bytes
-from flora_train.adapters.methods.mixlora import expert_method
+from flora_train.adapters.methods.routed import expert_method
 from flora_train.adapters.routed.one_row import OneRow, Route
 from flora_train.adapters.routed.switch import joined_experts
 from flora_train.adapters.routing import MergedLayer

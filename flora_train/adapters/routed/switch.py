@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from flora_train.adapters.methods import Params, Site, Target
-from flora_train.adapters.methods.mixlora import ROUTER, expert_method
+from flora_train.adapters.methods.routed import ROUTER, expert_method
 from flora_train.adapters.routed.decision import Decision, decide, decision_of
+from flora_train.adapters.routed.few_tokens import add_experts, is_few
 from flora_train.adapters.routing import BatchRouting, Routing, Span
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.kernels.expert_pairs import combine_pairs, gather_pairs
@@ -37,13 +38,15 @@ def switched_layer(
     if target.decides:
         decide(x, target.name, routing, span, router=router, tokens_per_row=tokens_per_row)
     decision = decision_of(routing, span, target.name, tokens_per_row)
-    stacks = span.pool.gather(target.name, span.slots)
+    stacks = span.gather(target.name)
     params: Params = {name: stack.flatten(0, 1) for name, stack in stacks.items() if name != ROUTER}
     if decision.experts == 1:
         # One expert is a plain adapter, whose weight is 1 for all tokens.
         return expert_method(span.specs[0]).forward(
             x, site, params, specs=span.specs, feedforward=target.feedforward, segments=decision.segments
         )
+    if is_few(decision.choice, routing) and len(span.specs) == 1 and _kind(span.specs[0], target) == "lora":
+        return _few_lora(x, site, stacks, span.specs[0], decision)
     specs = [spec for spec in span.specs for _ in range(decision.experts)]
     compute = OUTPUTS[_kind(specs[0], target)]
     return compute(x, site, params, specs, decision)
@@ -54,6 +57,15 @@ def _kind(spec: AdapterSpec, target: Target) -> str:
     if spec.experts.method == "ia3" and target.feedforward:
         return "ia3 of inputs"
     return spec.experts.method
+
+
+def _few_lora(
+    x: Tensor, site: Site, stacks: Mapping[str, Tensor], spec: AdapterSpec, decision: Decision
+) -> Tensor:
+    """`_lora` for few tokens of one adapter, without gradients."""
+    y, choice = site.base(x), decision.choice
+    weights = choice.weights * spec.scaling
+    return add_experts(y, x, stacks["A"][0], stacks["B"][0], choice.experts, weights)
 
 
 def _lora(x: Tensor, site: Site, params: Params, specs: Sequence[AdapterSpec], decision: Decision) -> Tensor:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from flora_train.config.terminal_text import plain
 from flora_train.evaluation.code.programs.execute import STATUSES
 from flora_train.evaluation.code.score_types import CodeSuite, LanguageScores, MacroScores
 from flora_train.evaluation.report import curves, plots
@@ -55,6 +50,7 @@ from flora_train.evaluation.report.heatmap import heatmaps
 from flora_train.evaluation.report.joined_report import note_on_joined_families, with_joined_families
 from flora_train.evaluation.report.joined_seeds import note_on_seeds, with_joined_seeds
 from flora_train.evaluation.report.loss_names import loss_names, tasks_of_heads, tasks_of_labels
+from flora_train.evaluation.report.page import render_page, visible
 from flora_train.evaluation.report.preference_figures import LABELLED, PAIRED, examples_of, setting_of
 from flora_train.evaluation.report.published_rows import ComparedTable
 from flora_train.evaluation.report.published_tables import (
@@ -80,8 +76,6 @@ FEW_EXAMPLES = 30
 """With fewer held-out examples, bootstrap intervals tend to be too narrow, and the page says so."""
 LEAST_SHARE = 1e-9
 """Tasks with a smaller target share are not drawn in the plot of shares."""
-SCRIPT = Path(__file__).with_name("report.js")
-CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
 LEFT_OUT = {
     "unsampled": "were left out by the limit on examples",
@@ -195,13 +189,6 @@ def render_comparison(reports: Mapping[str, Report]) -> str:
 
 
 def _page(template: str, **content: Any) -> str:
-    environment = Environment(
-        loader=PackageLoader("flora_train.evaluation.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     filters = (
         number, mean_number, estimate, count, listed, percent, share, mean_share, share_estimate,
         stage_duration, verdict,
@@ -209,13 +196,8 @@ def _page(template: str, **content: Any) -> str:
     of_published = (measured_as, method_label, published_digits, published_percent)
     of_preferences = (examples_of, setting_of)
     of_figures = (figure_estimate, figure_value, figure_verdict, is_shown_whole, score_of)
-    functions = (*filters, *of_published, *of_preferences, *of_figures)
-    environment.filters |= {function.__name__: function for function in functions}
-    environment.filters["visible"] = lambda text: text.translate(CONTROL_PICTURES).strip("\n").rstrip()
-    script = SCRIPT.read_text(encoding="utf-8")
-    digest = b64encode(sha256(script.encode()).digest()).decode()
-    page = environment.get_template(template).render(**content, script=Markup(script), script_hash=digest)
-    return plain(page)
+    functions = (*filters, *of_published, *of_preferences, *of_figures, visible)
+    return render_page(template, functions, **content)
 
 
 def _pass_panels(

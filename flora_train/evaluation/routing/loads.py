@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.methods.meteora import GATE
-from flora_train.adapters.methods.mixlora import ROUTER
+from flora_train.adapters.methods.routed import ROUTER
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.data.batch import Collate
 from flora_train.data.task import Task

@@ -68,6 +68,10 @@ def test_gate_equals_the_formula_in_value_and_all_gradients(members: str, top_k:
     assert float((logits[mine] - expected).abs().max()) < 1e-10
     assert float((losses[gate.name] - gate_loss).abs()) < 1e-10
     assert losses.keys() == {gate.name}
+    for length in (1, 2, LENGTH):  # the way of few tokens, which decoding takes
+        with bank.routed([gate.name]), torch.no_grad():
+            few = bank.model(input_ids=x[1:2, :length]).logits
+        assert float((few - expected[:1, :length]).abs().max()) < 1e-10
     gradients = _gradients(bank, adapter)
     for module, of_module in leaves.items():
         for name, leaf in of_module.items():

@@ -51,6 +51,10 @@ def test_values_and_all_gradients_are_those_of_the_formula(options: dict[str, An
     rows = [reference.row(ids[:length]) for ids, length in zip(ROWS, LENGTHS, strict=True)]
     for i, (expected, _, _) in enumerate(rows):
         assert torch.allclose(outputs[i, : LENGTHS[i]], expected, atol=1e-12)
+    for length in (1, 2, LENGTHS[0]):  # the ways of few tokens, which decoding takes
+        with bank.routed([0]), torch.no_grad():
+            few = bank.model(ROWS[:1, :length])[0]
+        assert torch.allclose(few, reference.row(ROWS[0, :length])[0], atol=1e-12)
     loss = torch.stack([(i + 1) * row[0].square().sum() for i, row in enumerate(rows)]).sum()
     balance = [reference.balance([row[1:]]) for row in (rows[0],)]
     balance.append(reference.balance([row[1:] for row in rows[1:]]))

@@ -12,17 +12,18 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.routed.parts import parts_of
+from flora_train.config.errors import UserError
+from flora_train.export.export_forms import check_forms
 from flora_train.export.loadability import notes
 from flora_train.export.peft_forms import BaseModel
 from flora_train.export.routed_format import export_adapter
-from flora_train.export.routed_snippet import LOADERS
+from flora_train.export.routed_snippet import loading_lines
 from tests.architectures import tiny_model
 from tests.conftest import spec
-from tests.unit.adapters.gate_reference import FLORAS, IA3S, LORAS, gate_spec, randomise
+from tests.unit.adapters.gate_reference import FLORAS, IA3S, LORAS, MIXED, gate_spec, randomise
 from tests.unit.adapters.helpers import tokens
 from tests.unit.export.routed_banks import logits_of, routed_bank, save_base
 
@@ -33,8 +34,8 @@ SWITCHES = {
     "ia3": {"expert": "ia3", "experts": 3},
     "some": {"experts": 3, "rank": 2, "target_modules": ["v_proj", "down_proj"]},
 }
-GATES = {"lora": LORAS, "flora": FLORAS, "ia3": {"one": IA3S["one"], "two": IA3S["one"]}}
-"""PEFT loads IA3 adapters into one model only where they scale the inputs of the same layers."""
+GATES = {"lora": LORAS, "flora": FLORAS, "ia3": IA3S, "mixed": MIXED}
+"""PEFT loads neither members of several methods into one model, nor IA3 that scale other inputs."""
 
 
 def gate_bank(members: dict[str, Any]) -> AdapterBank:
@@ -47,10 +48,10 @@ def gate_bank(members: dict[str, Any]) -> AdapterBank:
 @torch.no_grad()
 def loaded_logits(folder: Path, base: Path) -> Tensor:
     """Logits of the model that the card's lines load, in which nothing of this package is imported."""
-    names: dict[str, Any] = {"folder": str(folder), "base": AutoModelForCausalLM.from_pretrained(base)}
+    names: dict[str, Any] = {}
     method = json.loads((folder / "routing.json").read_text())["method"]
-    imports = "import json\nfrom peft import PeftModel\nfrom safetensors.torch import load_file\n"
-    exec(imports + LOADERS[method], names)
+    lines = loading_lines(str(folder), None, repr(str(base)), "AutoTokenizer", method=method)
+    exec("\n".join(lines), names)
     return names["model"](input_ids=tokens(3)).logits
 
 
@@ -73,6 +74,18 @@ def test_a_switch_adapter_is_its_experts_and_one_router(tmp_path: Path, options:
     folder = check_folder(bank, "a-switch", tmp_path)
     assert len(load_file(folder / "router.safetensors")) == 1
     assert not list(notes(bank.model, bank.pools))
+
+
+@pytest.mark.parametrize("as_", ["merged", "lora-svd", "mixlora", "flora"])
+def test_forms_that_a_switch_and_a_gate_lack_are_refused(as_: str) -> None:
+    """By name, and where the run has no other adapters."""
+    specs = [spec("switch", "a", "switch", experts=3), gate_spec(MIXED, "a", "gate")]
+    for one in specs:
+        with pytest.raises(UserError, match=rf"adapter = '{one.name}': is {one.method}: .*--as peft writes"):
+            check_forms(specs, [one.name], as_)
+    with pytest.raises(UserError, match=rf"as = '{as_}': .*(use peft|--as peft writes)"):
+        check_forms(specs, [], as_)
+    check_forms(specs, [], "peft")
 
 
 @pytest.mark.parametrize("members", GATES.values(), ids=GATES)

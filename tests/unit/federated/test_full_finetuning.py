@@ -13,7 +13,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.config.errors import UserError
 from flora_train.data.labels.split import LabelSplit
 from flora_train.federated.bank_values import read_values, write_values
-from flora_train.federated.full_finetuning import FullFineTuning
+from flora_train.federated.full_finetuning import FullFineTuning, _Average
 from flora_train.federated.local_training import Client, LocalSteps
 from flora_train.federated.rounds import RoundOptions
 from flora_train.federated.specs import client_spec
@@ -131,3 +131,12 @@ def test_full_finetuning_needs_heads(tmp_path: Path) -> None:
     trainer = federated_trainer(tmp_path, specs)
     with pytest.raises(UserError, match="needs adapters of method head"):
         FullFineTuning(trainer, clients_of(specs), RoundOptions())
+
+
+def test_a_client_that_did_not_train_a_parameter_counts_with_its_first_value() -> None:
+    average = _Average({"used": torch.zeros(2), "rare": torch.full((2,), 4.0)})
+    average.add({"used": torch.ones(2), "rare": torch.full((2,), 8.0)}, 1)
+    average.add({"used": torch.full((2,), 5.0)}, 3)
+    means = average.means()
+    assert means["used"].tolist() == [4.0, 4.0]
+    assert means["rare"].tolist() == [5.0, 5.0]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,26 @@ import pytest
 import torch
 
 from flora_train.config.errors import UserError
-from flora_train.federated.arrays import from_arrays, residual_arrays, residuals_from_arrays, to_arrays
+from flora_train.federated.arrays import (
+    bytes_of_numbers,
+    from_arrays,
+    read_array,
+    residual_arrays,
+    residuals_from_arrays,
+    to_arrays,
+)
 from flora_train.federated.bank_values import add_to_base
 from flora_train.federated.fedex import Residual
 from flora_train.federated.participation import choose_clients
-from flora_train.federated.remote import Answer, answer_of, broadcast_to, collect_answers, update_of
+from flora_train.federated.remote import (
+    LARGEST_LOSS,
+    MOST_EXAMPLES,
+    Answer,
+    answer_of,
+    broadcast_to,
+    collect_answers,
+    update_of,
+)
 from flora_train.federated.server import aggregate
 from flora_train.federated.specs import client_spec
 from flora_train.federated.state import base_with, expected_of, mask_of_pool
@@ -231,3 +248,171 @@ def test_an_update_that_nobody_asked_for_is_excluded(tmp_path: Path) -> None:
     assert torch.equal(
         accepted[0].values.head[next(iter(update.values.head))], next(iter(update.values.head.values()))
     )
+
+
+def saved(array: Any) -> bytes:
+    """Bytes of numpy's format."""
+    file = BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def header(shape: str, kind: str = "<f4", numbers: int = 0) -> bytes:
+    """Bytes with a header that says what it likes, and so many zeros."""
+    text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(4 * numbers)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_of_real_numbers_are_read(kind: type, order: Any) -> None:
+    array = np.asarray(np.arange(6).reshape(2, 3), dtype=kind, order=order)
+    data = saved(array)
+    read = read_array(data, "A", (2, 3))
+    assert read.dtype == array.dtype
+    assert np.array_equal(read, array)
+    assert bytes_of_numbers(data) == array.nbytes
+    assert np.array_equal(read_array(data, "A"), array)
+    assert float(torch.tensor(np.ascontiguousarray(read))[1, 2]) == 5.0
+
+
+ARCHIVE = BytesIO()
+np.savez(ARCHIVE, a=np.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", r"does not hold an array \(ValueError\)"),
+        (b"PK\x03\x04" + bytes(60), r"does not hold an array"),
+        (ARCHIVE.getvalue(), r"does not hold an array"),
+        (b"\x93NUMPY\x03\x00" + bytes(60), r"does not hold an array"),
+        (header("(1000000000000000,)"), r"has shape \(1000000000000000,\), expected \(2, 3\)"),
+        (header("(0x" + "f" * 9000 + ",)"), r"does not hold an array"),
+        (header("(" * 5000), r"does not hold an array"),
+        (header("(-2, -3)", numbers=6), r"has shape \(-2, -3\), expected"),
+        (saved(np.ones((3, 2), np.float32)), r"has shape \(3, 2\), expected \(2, 3\)"),
+        (saved(np.ones((2, 3), ">f4")), "an adapter has real numbers"),
+        (saved(np.ones((2, 3), np.longdouble)), "an adapter has real numbers"),
+        (saved(np.ones((2, 3), "timedelta64[s]")), "an adapter has real numbers"),
+        (saved(np.ones((2, 3), np.int64)), "an adapter has real numbers"),
+        (saved(np.ones((2, 3), np.complex64)), "an adapter has real numbers"),
+        (header("(2, 3)", "|O", 6), "an adapter has real numbers"),
+        (header("(2, 3)", numbers=5), r"has 20 bytes for shape \(2, 3\)"),
+        (header("(2, 3)", numbers=7), r"has 28 bytes for shape \(2, 3\)"),
+    ],
+    ids=range(17),
+)
+def test_bytes_that_hold_no_such_array_are_refused(data: bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_array(data, "A", (2, 3))
+    assert 0 <= bytes_of_numbers(data) <= len(data)
+
+
+def test_bytes_of_any_shape_are_read_only_where_they_fill_it() -> None:
+    """Nothing is allocated: a petabyte would be."""
+    with pytest.raises(UserError, match="has 24 bytes for shape"):
+        read_array(header("(1000000000000000,)", numbers=6), "A")
+    with pytest.raises(UserError, match=r"its shape is \(-2, -3\)"):
+        read_array(header("(-2, -3)", numbers=6), "A")
+    assert read_array(header("(2, 3)", numbers=6), "A").shape == (2, 3)
+
+
+@pytest.mark.parametrize("kind", [">f4", np.longdouble, "timedelta64[s]", np.int64, np.bool_])
+def test_arrays_that_torch_cannot_take_are_refused(tmp_path: Path, kind: Any) -> None:
+    state, spec = make_simulation(tmp_path).state, server_spec()
+    arrays = to_arrays(state.values)
+    arrays[0] = np.ones(arrays[0].shape, kind)
+    facts: dict[str, Any] = {"examples": 3, "method": "lora", "base": state.base}
+    accepted, (outcome,) = collect_answers(
+        ["client_0"], {"client_0": Answer(arrays, facts)}, {"client_0": spec}, state
+    )
+    assert not accepted
+    assert outcome.status == "excluded"
+    assert "an adapter has real numbers" in outcome.reason
+
+
+def test_no_answer_ends_a_round(tmp_path: Path) -> None:
+    """Not even one that is of another kind than an answer's arrays."""
+    state, spec = make_simulation(tmp_path).state, server_spec()
+    facts: dict[str, Any] = {"examples": 3, "method": "lora", "base": state.base}
+
+    class Strange(dict[str, Any]):
+        def get(self, *_: Any) -> Any:
+            raise RuntimeError("strange \x1b[31m" * 1000)
+
+    archive: Any = np.load(BytesIO(ARCHIVE.getvalue()))
+    arrays = to_arrays(state.values)
+    answers = {"client_0": Answer([archive, *arrays[1:]], facts), "client_1": Answer(arrays, Strange())}
+    specs = dict.fromkeys(NAMES, spec)
+    accepted, outcomes = collect_answers(["client_0", "client_1"], answers, specs, state)
+    assert not accepted
+    assert [outcome.status for outcome in outcomes] == ["excluded"] * 2
+    assert "is no array" in outcomes[0].reason
+    assert outcomes[0].bytes_up == sum(array.nbytes for array in arrays[1:])
+    assert outcomes[1].reason == "its answer cannot be read (RuntimeError)"
+
+
+@pytest.mark.parametrize(
+    ("stated", "known", "message"),
+    [
+        (9, 9, ""),
+        (8, 9, ""),
+        (10, 9, "examples = 10: are more than the 9 that the server's data has"),
+        (2**62, 9, "are more than the 9"),
+        (MOST_EXAMPLES, None, ""),
+        (MOST_EXAMPLES + 1, None, "are more than 1,000,000,000, the most that a client may state"),
+        (True, None, "must be the number of its examples"),
+        (0, 9, "it states 0 examples"),
+        (-1, None, "it states -1 examples"),
+    ],
+)
+def test_a_client_cannot_state_more_examples_than_it_has(
+    tmp_path: Path, stated: int, known: int | None, message: str
+) -> None:
+    state = make_simulation(tmp_path).state
+    facts: dict[str, Any] = {"examples": stated, "method": "lora", "base": state.base}
+    answers = {"client_0": Answer(to_arrays(state.values), facts)}
+    accepted, (outcome,) = collect_answers(
+        ["client_0"],
+        answers,
+        {"client_0": server_spec()},
+        state,
+        known_examples={} if known is None else {"client_0": known},
+    )
+    assert bool(accepted) == (not message)
+    assert message in outcome.reason
+
+
+@pytest.mark.parametrize(
+    ("stated", "kept"),
+    [
+        (0.5, 0.5),
+        (3, 3.0),
+        (LARGEST_LOSS, LARGEST_LOSS),
+        (2 * LARGEST_LOSS, None),
+        (-1e300, None),
+        (math.inf, None),
+        (math.nan, None),
+        (10**400, None),
+        ("0.5", None),
+        (True, None),
+        (None, None),
+    ],
+)
+def test_losses_that_cannot_be_are_missing(tmp_path: Path, stated: Any, kept: float | None) -> None:
+    state = make_simulation(tmp_path).state
+    facts: dict[str, Any] = {"examples": 3, "method": "lora", "base": state.base, "loss": stated}
+    update = update_of("client_0", server_spec(), Answer(to_arrays(state.values), facts), state)
+    assert update.loss == kept
+
+
+def test_bytes_are_those_that_arrived(tmp_path: Path) -> None:
+    state, specs = make_simulation(tmp_path).state, dict.fromkeys(NAMES, server_spec())
+    arrays = [array.astype(np.float64) for array in to_arrays(state.values)]
+    facts: dict[str, Any] = {"examples": 3, "method": "lora", "base": state.base}
+    other = {**facts, "base": "another"}
+    answers = {"client_0": Answer(arrays, facts), "client_1": Answer(arrays, other)}
+    _, outcomes = collect_answers(["client_0", "client_1"], answers, specs, state)
+    assert [outcome.status for outcome in outcomes] == ["accepted", "excluded"]
+    assert [outcome.bytes_up for outcome in outcomes] == [2 * state.values.nbytes] * 2

@@ -70,3 +70,16 @@ def test_no_pairs_at_all() -> None:
     assert pairs.count == 0
     x = random(4, 3)
     assert torch.equal(combine_pairs(gather_pairs(x, pairs), random(4, 2), pairs), torch.zeros_like(x))
+
+
+def test_float32_values_are_combined_under_autocast_of_16_bits() -> None:
+    """Such as the hidden features of gelu_new, which autocast leaves in float32 on a GPU."""
+    pairs = group_pairs(torch.tensor([[0, 1], [1, 0]]), Segments((0, 2)), 2)
+    values, weights = torch.randn(4, 3, requires_grad=True), torch.rand(2, 2, requires_grad=True)
+    exact = combine_pairs(values, weights, pairs)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = combine_pairs(values, weights, pairs)
+        y.sum().backward()
+    assert torch.equal(y, exact)
+    assert values.grad is not None
+    assert weights.grad is not None

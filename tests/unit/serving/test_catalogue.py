@@ -134,6 +134,24 @@ def test_other_sources_are_refused(source: str, message: str) -> None:
         open_source(source, "run")
 
 
+def routed(folder: Path) -> Path:
+    """The files of a routed adapter, whose parts are adapters of their own."""
+    for part in ("expert_0", "expert_1"):
+        adapter(folder / part)
+    (folder / "routing.json").write_text("{}")
+    return folder
+
+
+def test_the_parts_of_a_routed_adapter_are_not_served_as_adapters(tmp_path: Path, folder: Path) -> None:
+    path = routed(tmp_path / "all" / "lua-mix")
+    with pytest.raises(UserError, match=r"is a routed adapter \(routing\.json\), and vLLM has no router"):
+        open_source(str(path), "run")
+    with pytest.raises(UserError, match="has routed adapters only; each is a routed adapter"):
+        open_source(str(tmp_path / "all"), "run")
+    routed(folder / "perl-mix")
+    assert open_source(str(folder), "run").names() == ["a b=c", "lua-lora", "perl-ia3"]
+
+
 def test_an_empty_catalogue_is_refused() -> None:
     with pytest.raises(UserError, match="names no source"):
         open_catalogue(os.pathsep)
@@ -198,6 +216,14 @@ def test_a_repository_of_one_adapter_has_the_name_of_its_manifest(hub: Hub, fold
     source = HubSource(repository, repository, hub.repos[repository].head)
     assert source.names() == ["perl-ia3"]
     assert source.rank("perl-ia3") == 4
+
+
+def test_a_repository_of_a_routed_adapter_has_no_adapters(
+    hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.add_folder(f"{ME}/mix", routed(tmp_path / "mix"))
+    assert open_source(f"{ME}/mix", "run").names() == []
+    assert "mix is a routed adapter (routing.json), and vLLM has no router" in caplog.text
 
 
 def test_the_commit_of_the_first_access_is_served(hub: Hub, tmp_path: Path) -> None:

@@ -318,6 +318,29 @@ def largest_difference_to_training_alone(
     return differences
 
 
+def check_isolation(
+    specs: Sequence[AdapterSpec],
+    folder: Path,
+    *,
+    architecture: str = "llama",
+    least_move: float = 1e-3,
+    **options: Any,
+) -> list[StepPlan]:
+    """Train adapters together, some of them absent in some steps, and each alone: at most 1e-5 apart, and all
+    of them moved. Returns the plans of the steps."""
+    together = make_trainer(specs, folder, architecture, **options)
+    plans = plans_of(together)
+    assert any(len(plan.label_tokens) < len(specs) for plan in plans)
+    train_together(together, plans)
+    moves = moved(together, architecture)
+    assert min(moves.values()) > least_move, moves
+    differences = largest_difference_to_training_alone(
+        together, plans, folder, architecture=architecture, **options
+    )
+    assert max(differences.values()) <= 1e-5, differences
+    return plans
+
+
 def moved(trainer: Trainer, architecture: str = "llama") -> dict[str, float]:
     """How far every adapter is from its start: an isolation test on adapters that stand still proves
     nothing."""

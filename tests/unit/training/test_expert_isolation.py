@@ -12,14 +12,12 @@ from flora_train.adapters.spec import AdapterSpec
 from tests.architectures import MIXTURES
 from tests.conftest import spec
 from tests.unit.training.harness import (
-    largest_difference_to_training_alone,
+    check_isolation,
     make_trainer,
-    moved,
     plans_of,
     snapshot,
     train_together,
 )
-from tests.unit.training.test_isolation import some_absent
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 LEARNING_RATES = {"adamw": 2e-3, "sgd": 0.3}
@@ -50,20 +48,11 @@ def expert_specs(**options: Any) -> list[AdapterSpec]:
 def test_adapters_on_experts_trained_together_equal_those_trained_alone(
     tmp_path: Path, architecture: str, checkpointing: str, optimizer: str
 ) -> None:
-    options: dict[str, Any] = {
-        "architecture": architecture,
-        "checkpointing": checkpointing,
-        "optimizer": optimizer,
-    }
     specs = expert_specs(lr=LEARNING_RATES[optimizer], weight_decay=0.01)
-    together = make_trainer(specs, tmp_path, **options)
-    plans = plans_of(together)
+    plans = check_isolation(
+        specs, tmp_path, architecture=architecture, checkpointing=checkpointing, optimizer=optimizer
+    )
     assert len(plans) == 20
-    assert some_absent(plans, len(specs))
-    train_together(together, plans)
-    assert min(moved(together, architecture).values()) > 1e-3
-    differences = largest_difference_to_training_alone(together, plans, tmp_path, **options)
-    assert max(differences.values()) <= 1e-5, differences
 
 
 def test_absent_adapters_on_experts_stay_bit_identical(tmp_path: Path) -> None:

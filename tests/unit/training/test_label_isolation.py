@@ -12,13 +12,7 @@ import pytest
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.data.labels.spec import LabelSpec
 from tests.conftest import spec
-from tests.unit.training.harness import (
-    largest_difference_to_training_alone,
-    make_trainer,
-    moved,
-    plans_of,
-    train_together,
-)
+from tests.unit.training.harness import check_isolation
 
 LABELS: Mapping[str, LabelSpec] = {
     "three": LabelSpec("single", ("x", "y", "z"), (0.5, 1.0, 2.0)),
@@ -28,7 +22,6 @@ LABELS: Mapping[str, LabelSpec] = {
     "tags": LabelSpec("tokens", ("O", "B", "I"), (0.3, 1.0, 1.0)),
 }
 RATES = {"sgd": 0.2, "adamw": 2e-3}
-ISOLATED = 1e-5
 
 
 def label_specs(**options: Any) -> list[AdapterSpec]:
@@ -52,15 +45,9 @@ def test_heads_trained_together_equal_those_trained_alone(
     tmp_path: Path, architecture: str, optimizer: str
 ) -> None:
     settings: dict[str, Any] = {"optimizer": optimizer, "tokens_per_step": 180, "tokens_per_microbatch": 128}
-    options = {"architecture": architecture, "labels": LABELS, **settings}
-    together = make_trainer(label_specs(lr=RATES[optimizer]), tmp_path, **options)
-    plans = plans_of(together)
-    assert any(len(plan.label_tokens) < len(together.bank.specs) for plan in plans)
+    specs = label_specs(lr=RATES[optimizer])
+    plans = check_isolation(specs, tmp_path, architecture=architecture, labels=LABELS, **settings)
     assert any(len({row.task for row in rows}) > 2 for plan in plans for rows in plan.microbatches)
-    train_together(together, plans)
-    assert min(moved(together, architecture).values()) > 1e-3
-    differences = largest_difference_to_training_alone(together, plans, tmp_path, **options)
-    assert max(differences.values()) <= ISOLATED, differences
 
 
 @pytest.mark.parametrize("optimizer", RATES)
@@ -69,7 +56,6 @@ def test_heads_of_a_decoder_train_beside_plain_adapters(
     tmp_path: Path, architecture: str, optimizer: str
 ) -> None:
     settings: dict[str, Any] = {"optimizer": optimizer, "tokens_per_step": 220, "tokens_per_microbatch": 160}
-    options = {"architecture": architecture, "labels": LABELS, **settings}
     lr = RATES[optimizer]
     fast = lr
     if (architecture, optimizer) == ("gpt2", "sgd"):  # its random weights are small
@@ -79,11 +65,7 @@ def test_heads_of_a_decoder_train_beside_plain_adapters(
         spec("lora", "b", rank=2, lr=lr),
         spec("ia3", "c", lr=lr),
     ]
-    together = make_trainer([*plain, *label_specs(lr=lr)], tmp_path, **options)
-    plans = plans_of(together)
+    specs = [*plain, *label_specs(lr=lr)]
+    plans = check_isolation(specs, tmp_path, architecture=architecture, labels=LABELS, **settings)
     mixed = [{row.task in LABELS for row in rows} for plan in plans for rows in plan.microbatches]
     assert {True, False} in mixed
-    train_together(together, plans)
-    assert min(moved(together, architecture).values()) > 1e-3
-    differences = largest_difference_to_training_alone(together, plans, tmp_path, **options)
-    assert max(differences.values()) <= ISOLATED, differences

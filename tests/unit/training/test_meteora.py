@@ -23,14 +23,9 @@ from tests.unit.training.harness import (
     snapshot,
     train_together,
 )
+from tests.unit.training.routed_specs import CHECKPOINTING
 from tests.unit.training.test_checkpoint import assert_equal, result, stop_before
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "accumulation": {"tokens_per_microbatch": 48},
-    "reentrant": {"checkpointing": "reentrant"},
-    "non_reentrant": {"checkpointing": "non_reentrant", "tokens_per_microbatch": 48},
-}
 IDS = {"a": tuple(MIXED), "b": tuple(reversed(LORAS))}
 """Members of the tasks with task_id: in an order other than the gates' own."""
 FROZEN = ("a-floras", "b-loras", "c-loras")
@@ -68,7 +63,7 @@ def gates_of(bank: AdapterBank, name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", CHECKPOINTING.values(), ids=CHECKPOINTING)
 @pytest.mark.quick("reentrant-adamw", "non_reentrant-sgd")
 def test_trained_together_equals_trained_alone(
     tmp_path: Path, optimizer: str, options: dict[str, Any]

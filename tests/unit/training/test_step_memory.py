@@ -142,17 +142,18 @@ def test_experts_keep_what_their_shapes_say(model_type: str, expert: str, tmp_pa
     assert memory.kept == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize(("expert", "inputs"), [("lora", 1), ("flora", 3)])
-def test_operations_of_experts(expert: str, inputs: int, tmp_path: Path) -> None:
-    """top_k times the output layer, and the input layers once, except by fLoRA experts."""
+@pytest.mark.parametrize(("expert", "layers"), [("lora", 0), ("ia3", 0), ("flora", 3)])
+def test_operations_of_experts(expert: str, layers: int, tmp_path: Path) -> None:
+    """Every layer once for a token, whatever top_k is, except by fLoRA experts."""
     flops = []
     for options in ({"experts": 4, "top_k": 1}, {"experts": 4, "top_k": 3}):
-        specs = specs_of("mixlora", 2, expert=expert, target_modules="all-linear", rank=2, **options)
+        keys: dict[str, Any] = {} if expert == "ia3" else {"rank": 2}
+        specs = specs_of("mixlora", 2, expert=expert, target_modules="all-linear", **keys, **options)
         pools = pools_in(tmp_path, TEXT["llama"], specs)
         memory = measure_shapes(ModelConfig(path=str(tmp_path)), pools, BatchShape(ROWS, LENGTH))
         flops.append(memory.flops)
     layer = 2 * ROWS * LENGTH * 256 * 640 * 3  # one linear layer of the feed-forward blocks, in all of them
-    assert flops[1] - flops[0] == layer * (2 + 2 * (inputs - 1))
+    assert flops[1] - flops[0] == layer * 2 * layers
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in ("t5", "whisper")])

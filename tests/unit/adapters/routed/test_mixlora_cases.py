@@ -229,6 +229,10 @@ def test_routers_are_float32_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = learnt(bank, x, names, draws=[RowDraw(0, 1.0)] * 2)
     assert (found.float() - exact).abs().mean() <= 0.05 * exact.abs().mean()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for length in (1, 2, x.shape[1]):  # also the ways of few tokens
+            decoded = logits(bank, x[:1, :length], names[:1])
+            assert (decoded.float() - exact[:1, :length]).abs().mean() <= 0.05 * exact.abs().mean()
     for name, gradient in gradients(bank, "task-mix").items():
         assert gradient.dtype == torch.float32
         assert torch.isfinite(gradient).all()

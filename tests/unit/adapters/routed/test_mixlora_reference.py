@@ -113,6 +113,15 @@ def computed(bank: AdapterBank) -> Results:
     return Results([logits[i, :length].detach() for i, length in enumerate(LENGTHS)], gradients, balance)
 
 
+@torch.no_grad()
+def prefix_logits(bank: AdapterBank, row: int, length: int) -> Tensor:
+    """[length, V] of the first tokens of a row, alone."""
+    name = ROWS[row] if ROWS[row] == "__base__" else f"{ROWS[row]}-mix"
+    tokens, _ = batch()
+    with bank.routed([name]):
+        return bank.model(input_ids=tokens[row : row + 1, :length]).logits[0]
+
+
 def expected(architecture: str, bank: AdapterBank) -> Results:
     """Row by row, each alone and without padding."""
     tokens, weights = batch()
@@ -177,6 +186,10 @@ def test_values_and_gradients_are_those_of_whole_blocks(
     for i, row in enumerate(theirs.logits):
         assert_close(ours.logits[i], row, 1e-10, ("logits", i))
     assert ours.balance == pytest.approx(theirs.balance, rel=1e-9)
+    for i, name in enumerate(ROWS):
+        for length in {1, 2, LENGTHS[i]}:  # the ways of few tokens, which decoding takes
+            found = prefix_logits(bank, i, min(length, LENGTHS[i]))
+            assert_close(found, theirs.logits[i][: len(found)], 1e-10, ("few tokens", name, length))
     moving = 0
     for adapter, modules in theirs.gradients.items():
         for module, params in modules.items():

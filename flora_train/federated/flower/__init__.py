@@ -1,0 +1,1 @@
+"""Federated rounds between machines, carried by Flower. Only this package imports `flwr`."""
