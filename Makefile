@@ -73,7 +73,7 @@ routed-local: $(INSTALLED) $(MODEL)  ## build texts of nine languages, train sha
 	HF_HUB_OFFLINE=1 $(BIN)/python studies/routed.py outputs/routed_local $(ARGS)
 	HF_HUB_OFFLINE=1 $(BIN)/python studies/gates.py outputs/gates_local $(ARGS)
 
-federated-local: $(INSTALLED) $(MINILM)  ## build an encoder and diagnoses, and run six federated strategies with 100 clients (recipe federated_local)
+federated-local: $(INSTALLED) $(MINILM)  ## build an encoder and diagnoses, and run seven federated strategies with 100 clients (recipe federated_local)
 	test -d assets/clinical_local || $(BIN)/python assets/build_clinical_corpus.py
 	$(BIN)/python assets/build_federated_texts.py --development
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=federated_local resume=true $(ARGS)
